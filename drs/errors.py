@@ -1,0 +1,25 @@
+"""The one exception that a user is meant to read."""
+
+
+class UserError(Exception):
+    """A mistake in a config, a file or a request, told in one line.
+
+    The message names what was wrong, where it came from and what would be right. Entrypoints print it as
+    ``error: <message>`` and exit with status 2, without a traceback.
+    """
+
+
+class DivergedError(Exception):
+    """Training met a loss that is not finite.
+
+    Args:
+        epoch: The epoch, counted from 1, in which it happened.
+        step: The optimisation step within that epoch, counted from 1.
+        value: The loss, ``nan`` or ``inf``.
+    """
+
+    def __init__(self, epoch: int, step: int, value: float) -> None:
+        super().__init__(f"the loss became {value} in epoch {epoch}, step {step}")
+        self.epoch = epoch
+        self.step = step
+        self.value = value
