@@ -1,0 +1,110 @@
+"""Which figures a study's tables allow, with the caption of each."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from drs import figures
+from drs.figure_style import count, groups, included, of_group
+
+Tables = dict[str, pd.DataFrame]
+FIGURE_STATISTICS = ("nonlabel_var_log", "nonlabel_entropy")  # the others are in the heat map and the tables
+# kind: its title in the report
+KINDS = {
+    "statistic_vs_accuracy": "Statistic against robust accuracy",
+    "epsilon_curves": "Robust accuracy against epsilon",
+    "nonlabel_distribution": "Non-label softmax values",
+    "correlation_heatmap": "Correlations of statistics with accuracy",
+    "where_attacks_land": "Where attacks land",
+    "training_curves": "Training curves",
+}
+
+
+@dataclass(frozen=True)
+class PlannedFigure:
+    """One figure of a study: file name without ending, kind (a key of ``KINDS``), title, caption, how to draw it."""
+
+    name: str
+    kind: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure]
+
+
+def _planned(kind: str, suffix: str, where: str, caption: str, draw: Callable[[], Figure]) -> PlannedFigure:
+    name = "-".join(part for part in (kind, suffix) if part)
+    title = ": ".join(part for part in (where, KINDS[kind]) if part)
+    return PlannedFigure(name, kind, title, f"{title}. {caption}", draw)
+
+
+def _chance(tables: Tables, data: str, model: str) -> float | None:
+    ranks = of_group(tables["softmax_profile"], data, model)["rank"]
+    return None if ranks.empty else 1 / (int(ranks.max()) + 1)
+
+
+def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigure]:
+    models, accuracy = tables["models"], tables["accuracy"]
+    where, tag = f"{data}, {model}", f"{data}-{model}"
+    group = of_group(models, data, model)
+    usable = count(len(included(group)), "model")
+    attacked = of_group(included(accuracy), data, model)
+    if (attacked["attack"] != "clean").any():
+        for statistic in FIGURE_STATISTICS:
+            if f"stat.{statistic}" not in group or group[f"stat.{statistic}"].isna().all():
+                continue
+            caption = (
+                f"A point per model ({usable}): mean {statistic} on clean samples against robust accuracy, mean over "
+                "the epsilons of each attack. Bars: Wilson's 95 % interval over the attacked images; ρ: Spearman's "
+                "coefficient with a 95 % interval over models."
+            )
+            draw = partial(
+                figures.statistic_vs_accuracy, models, accuracy, tables["correlations"], statistic, data, model
+            )
+            yield _planned("statistic_vs_accuracy", f"{statistic}-{tag}", where, caption, draw)
+        caption = (
+            f"Mean over seeds with a band of one standard deviation ({usable}). Accuracy below chance is to be "
+            "expected: an attack picks the wrong class on purpose."
+        )
+        draw = partial(figures.epsilon_curves, accuracy, data, model, chance=_chance(tables, data, model))
+        yield _planned("epsilon_curves", tag, where, caption, draw)
+    landed = of_group(included(tables["landing"]), data, model)
+    if len(landed):
+        caption = (
+            "Top: share of flips that go to the runner-up of the clean softmax, a point per model "
+            f"({count(landed['run_id'].nunique(), 'model')}). Bottom: class-mean softmax beside the confusion after "
+            "the attack, rows normalised without the diagonal; r: correlation of their cells, mean over models."
+        )
+        draw = partial(figures.where_attacks_land, tables["landing"], tables["landing_matrices"], data, model)
+        yield _planned("where_attacks_land", tag, where, caption, draw)
+    trained = of_group(tables["training"], data, model)
+    if len(trained):
+        caption = (
+            f"Mean over seeds with a band of one standard deviation ({count(trained['run_id'].nunique(), 'run')}). "
+            "Each training minimises its own loss, so losses of different colours do not compare."
+        )
+        yield _planned(
+            "training_curves", tag, where, caption, partial(figures.training_curves, tables["training"], data, model)
+        )
+
+
+def plan_figures(tables: Tables) -> list[PlannedFigure]:
+    """List the figures that these tables allow, kind by kind in the order of ``KINDS``."""
+    plan = [figure for data, model in groups(tables["models"]) for figure in _of_one_group(tables, data, model)]
+    if len(profile := tables["softmax_profile"]):
+        caption = (
+            "Softmax values of the classes that are not the label, on clean test samples, sorted from the largest: "
+            "median over samples and seeds, band between the quartiles. A flat line is a uniform distribution."
+        )
+        plan.append(_planned("nonlabel_distribution", "", "", caption, partial(figures.nonlabel_distribution, profile)))
+    if len(correlations := tables["correlations"]):
+        caption = (
+            "Spearman's coefficient over models, statistics on clean samples against clean and robust accuracy (mean "
+            "over epsilons). Hatched: not significant after Benjamini–Hochberg over the table."
+        )
+        draw = partial(figures.correlation_heatmap, correlations)
+        plan.append(_planned("correlation_heatmap", "", "", caption, draw))
+    order = list(KINDS)
+    return sorted(plan, key=lambda figure: order.index(figure.kind))

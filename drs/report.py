@@ -1,0 +1,181 @@
+"""A study's tables -> its figures and REPORT.md. Reads ``tables/*.csv`` and ``provenance.json``; computes no result."""
+
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import matplotlib
+import pandas as pd
+
+from drs import report_tables, report_text
+from drs.errors import UserError
+from drs.figure_plan import KINDS, PlannedFigure, Tables, plan_figures
+from drs.figure_style import STYLE
+from drs.files import atomic_write
+from drs.markdown import escape
+
+_KEYS = ["data", "model", "loss", "loss_weight"]
+_RUN = ["run_id", *_KEYS, "seed"]
+# The columns that drawing and writing rely on, so that a missing or empty table still has them.
+COLUMNS = {
+    "models": [*_RUN, "clean_accuracy", "train_seconds", "n_clean", "n_attacked", "excluded"],
+    "accuracy": [*_RUN, "attack", "norm", "epsilon", "epsilon_label", "n", "robust_accuracy", "excluded"],
+    "softmax_profile": [*_KEYS, "rank", "q25", "median", "q75", "n"],
+    "landing": [
+        *_RUN, "attack", "epsilon_label", "n_flips", "runner_up_rate", "chance", "matrix_correlation", "excluded",
+    ],
+    "landing_matrices": [*_KEYS, "attack", "epsilon_label", "kind", "true_class", "other_class", "value"],
+    "training": [*_RUN, "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"],
+    "failures": [*_RUN, "reason", "epoch"],
+    "timing": [
+        *_KEYS, "baseline", "batch_size", "n_pairs", "baseline_ms", "loss_ms", "ratio", "ci_low", "ci_high", "device",
+    ],
+    "paired_differences": [*_KEYS, "attack", "n_pairs", "difference", "ci_low", "ci_high"],
+    "correlations": [
+        "data", "model", "statistic", "attack", "method", "n_models", "coefficient", "ci_low", "ci_high", "p_value",
+        "q_value",
+    ],
+    "claims": ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model"],
+}  # fmt: skip
+_TEXT = ("run_id", "data", "model", "loss", "attack", "norm", "epsilon_label", "excluded", "reason", "device")
+
+
+def read_tables(study_dir: str | Path) -> Tables:
+    """Read every table of a study; a missing or empty one (except ``models``) comes back with no rows.
+
+    Raises:
+        UserError: If the study has no table of models, or a table lacks a column that this module relies on.
+    """
+    folder = Path(study_dir) / "tables"
+    if not (folder / "models.csv").is_file():
+        raise UserError(f"{study_dir} has no tables/models.csv; evaluate a study first: scripts/evaluate.py study=NAME")
+    tables = {}
+    for name, columns in COLUMNS.items():
+        path = folder / f"{name}.csv"
+        if not path.is_file() or path.stat().st_size == 0:
+            tables[name] = pd.DataFrame({column: [] for column in columns})
+            continue
+        # An epsilon label 0.1 or a run_id 12e4 is a name, not a number.
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
+        missing = [column for column in columns if column not in table]
+        if missing:
+            raise UserError(f"{path} lacks the column {missing[0]!r}; evaluate the study again to rebuild its tables")
+        tables[name] = table
+    if tables["models"].empty:
+        raise UserError(f"{folder / 'models.csv'} holds no model; train and evaluate one first")
+    return tables
+
+
+def draw_figures(study_dir: str | Path, kind: str | None = None) -> list[Path]:
+    """Draw a study's figures as PNG and PDF into ``<study_dir>/figures`` and remove those of earlier runs.
+
+    Args:
+        study_dir: Folder that holds ``tables/``; nothing else is read.
+        kind: One of ``KINDS`` to draw (and clean up) only that kind.
+
+    Returns:
+        The files written, PNG before PDF, in the order of the report.
+
+    Raises:
+        UserError: If the study has no tables.
+        ValueError: If ``kind`` is not one of ``KINDS``.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    folder, written = Path(study_dir) / "figures", []
+    for planned in plan_figures(read_tables(study_dir)):
+        if kind not in (None, planned.kind):
+            continue
+        figure = planned.draw()
+        for ending in ("png", "pdf"):
+            path = folder / f"{planned.name}.{ending}"
+            # A date in the file would make every redraw a change.
+            metadata = {"CreationDate": None} if ending == "pdf" else None
+            with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
+                figure.savefig(temporary, format=ending, metadata=metadata)
+            written.append(path)
+    for path in sorted(folder.glob("*.p[nd][gf]")):
+        if path.stem.split("-")[0] in (KINDS if kind is None else (kind,)) and path not in written:
+            path.unlink()
+    return written
+
+
+def read_provenance(study_dir: str | Path) -> dict[str, Any]:
+    """Read ``provenance.json``, or return nothing if there is none.
+
+    Raises:
+        UserError: If the file is not a JSON object.
+    """
+    path = Path(study_dir) / "provenance.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); evaluate the study again to rebuild it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _embedded(study_dir: Path, plan: list[PlannedFigure], kinds: tuple[str, ...]) -> list[str]:
+    parts = []
+    for number, figure in enumerate(plan, start=1):
+        if figure.kind in kinds and (study_dir / "figures" / f"{figure.name}.png").is_file():
+            image = f"![{escape(figure.title)}](figures/{quote(figure.name)}.png)"
+            parts.append(f"{image}\n\n*Figure {number}. {escape(figure.caption)}*")
+    return parts
+
+
+def _rules() -> str:
+    try:
+        from drs.claims import RULES
+    except ImportError:
+        return "The verdict rules are not available."
+    return RULES.strip()
+
+
+def write_report(study_dir: str | Path) -> Path:
+    """Write ``<study_dir>/REPORT.md`` from the study's tables, its figures and its provenance.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: If the study has no tables or its provenance cannot be read.
+    """
+    study_dir = Path(study_dir)
+    tables, provenance = read_tables(study_dir), read_provenance(study_dir)
+    strong = "strong" in provenance.get("suites", [])
+    name = provenance.get("study") or study_dir.resolve().name
+    plan = plan_figures(tables)
+    sections: list[tuple[str, str, tuple[str, ...]]] = [
+        ("Claims", report_text.claims_section(tables["claims"]), ()),
+        ("How the verdicts are decided", _rules(), ()),
+        ("Models", report_tables.models_section(tables["models"]), ()),
+        ("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"]), ()),
+        (
+            "Correlations",
+            report_tables.correlations_section(tables["correlations"]),
+            ("statistic_vs_accuracy", "correlation_heatmap", "nonlabel_distribution"),
+        ),
+        ("Robust accuracy", report_tables.accuracy_section(tables["accuracy"]), ("epsilon_curves",)),
+        ("Differences to cross-entropy", report_tables.differences_section(tables["paired_differences"]), ()),
+        (
+            "Where attacks land",
+            report_tables.landing_section(tables["landing"], tables["landing_matrices"]),
+            ("where_attacks_land",),
+        ),
+        ("Training and its time", report_tables.timing_section(tables["timing"]), ("training_curves",)),
+        ("Attacks and how they are scored", report_text.scoring_section(provenance), ()),
+        ("Limits of this study", report_text.limits_section(tables, strong), ()),
+        ("Provenance", report_text.provenance_section(provenance), ()),
+    ]
+    text = [f"# {escape(name)}: does the softmax distribution explain robustness?", report_text.summary(tables, strong)]
+    for title, body, kinds in sections:
+        text += [f"## {title}", body, *_embedded(study_dir, plan, kinds)]
+    path = study_dir / "REPORT.md"
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,222 @@
+"""The tables of REPORT.md: a study's tables -> Markdown, reduced to means and spreads over seeds."""
+
+from typing import Any
+
+import pandas as pd
+
+from drs.figure_matrices import landing_rows
+from drs.figure_style import (
+    attack_label,
+    attacks,
+    groups,
+    included,
+    of_group,
+    of_setting,
+    records,
+    setting_label,
+    settings,
+    span,
+)
+from drs.markdown import (
+    NONE,
+    escape,
+    fixed,
+    group_name,
+    interval,
+    mean_sd,
+    percent,
+    probability,
+    significant,
+    table,
+    whole,
+)
+
+PRIMARY_STATISTIC = "nonlabel_var_log"  # what the loss restrains
+
+
+def models_section(models: pd.DataFrame) -> str:
+    """Return, per dataset and architecture, mean ± sd over seeds of each loss and weight."""
+    sections = ["Mean ± standard deviation over seeds, excluded models left out; attacks: mean over their epsilons."]
+    for data, model in groups(models):
+        group = included(of_group(models, data, model))
+        columns: dict[str, tuple[str, float, int | None]] = {"clean (%)": ("clean_accuracy", 100.0, 1)}
+        names = [str(name) for name in group.columns if group[name].notna().any()]
+        accuracies = [name.removeprefix("acc.") for name in names if name.startswith("acc.") and name.endswith("@mean")]
+        for name in attacks(accuracies):
+            columns[f"{attack_label(name.removesuffix('@mean'))} (%)"] = (f"acc.{name}", 100.0, 1)
+        for name in names:
+            if name.startswith("norm."):
+                columns[f"median norm, {attack_label(name.removeprefix('norm.'))}"] = (name, 1.0, None)
+        columns["training (s)"] = ("train_seconds", 1.0, None)
+        rows = []
+        for setting in settings(group):
+            seeds = of_setting(group, setting)
+            cells = [mean_sd(seeds[name], scale=scale, digits=digits) for name, scale, digits in columns.values()]
+            rows.append([escape(setting_label(*setting)), str(seeds["seed"].nunique()), *cells])
+        body = table(["loss", "n seeds", *columns], rows) if rows else "Every model is excluded."
+        sections.append(f"### {group_name(data, model)}\n\n{body}")
+    return "\n\n".join(sections)
+
+
+def accuracy_section(accuracy: pd.DataFrame) -> str:
+    """Return robust accuracy in % by attack and epsilon (rows) and loss (columns), mean ± sd over seeds."""
+    sections = ["Robust accuracy in %, mean ± standard deviation over seeds; a clean error counts as a failure."]
+    for data, model in groups(accuracy):
+        group = included(of_group(accuracy, data, model))
+        shown = settings(group)
+        rows = []
+        for attack in attacks(group["attack"]):
+            cells = group[group["attack"] == attack]
+            for label in cells.sort_values("epsilon")["epsilon_label"].drop_duplicates():
+                at = cells[cells["epsilon_label"] == label]
+                values = [mean_sd(of_setting(at, setting)["robust_accuracy"], scale=100.0) for setting in shown]
+                epsilon = "" if attack == "clean" else "∞" if label == "inf" else escape(label)
+                rows.append([attack_label(attack), epsilon, *values, span(at["n"])])
+        headers = ["attack", "ε", *(escape(setting_label(*setting)) for setting in shown), "n images"]
+        sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows))
+    return "\n\n".join(sections)
+
+
+def differences_section(differences: pd.DataFrame) -> str:
+    """Return the differences to CE, paired by seed: percentage points, and pixel units for a minimal norm."""
+    short = differences[~differences["attack"].astype(str).str.contains(r"@(?!mean$)", regex=True)]
+    if short.empty:
+        return "No pair of models shares a seed with cross-entropy, so there is no paired difference."
+    sections = [
+        "Difference to cross-entropy at the same seed, mean and 95 % t interval over n pairs: percentage points of "
+        "accuracy, pixel units for a median minimal norm. Single epsilons are in tables/paired_differences.csv."
+    ]
+    for data, model in groups(short):
+        group = of_group(short, data, model)
+        columns = attacks(group["attack"].astype(str))
+        rows = []
+        for setting in settings(group):
+            cells = of_setting(group, setting).set_index("attack")
+            row = [escape(setting_label(*setting)), span(cells["n_pairs"])]
+            for name in columns:
+                if name not in cells.index:
+                    row.append(NONE)
+                    continue
+                values = [float(cells[key][name]) for key in ("difference", "ci_low", "ci_high")]
+                if name.startswith("norm."):
+                    effect, low, high = (fixed(value, 3, sign=True) for value in values)
+                else:
+                    effect, low, high = (percent(value, sign=True) for value in values)
+                row.append(effect + interval(low, high))
+            rows.append(row)
+        names = [
+            f"median norm, {attack_label(name.removeprefix('norm.'))}"
+            if name.startswith("norm.")
+            else attack_label(name.removesuffix("@mean"))
+            for name in columns
+        ]
+        sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n pairs", *names], rows))
+    return "\n\n".join(sections)
+
+
+def _coefficient(row: Any) -> str:
+    if row is None or pd.isna(row.coefficient):
+        return NONE
+    return fixed(row.coefficient) + interval(fixed(row.ci_low), fixed(row.ci_high))
+
+
+def correlations_section(correlations: pd.DataFrame) -> str:
+    """Return the primary statistic with all three coefficients, and the strongest other statistic for each attack."""
+    rows = correlations[(correlations["attack"] == "clean") | correlations["attack"].astype(str).str.endswith("@mean")]
+    if rows.empty:
+        return "Too few models for a correlation in any group."
+    primary, strongest = [], []
+    for data, model in groups(rows):
+        group = of_group(rows, data, model)
+        for attack in attacks(group["attack"]):
+            cells = group[group["attack"] == attack]
+            own = {row.method: row for row in records(cells[cells["statistic"] == PRIMARY_STATISTIC])}
+            spearman = own.get("spearman")
+            if spearman is not None:
+                primary.append(
+                    [group_name(data, model), attack_label(attack.removesuffix("@mean")), str(spearman.n_models)]
+                    + [_coefficient(own.get(method)) for method in ("spearman", "pearson", "kendall")]
+                    + [probability(spearman.p_value), probability(spearman.q_value)]
+                )
+            others = cells[(cells["statistic"] != PRIMARY_STATISTIC) & (cells["method"] == "spearman")]
+            others = others.dropna(subset=["coefficient"])
+            if len(others):
+                best = records(others.loc[[others["coefficient"].abs().idxmax()]])[0]
+                strongest.append(
+                    [group_name(data, model), attack_label(attack.removesuffix("@mean")), escape(best.statistic)]
+                    + [str(best.n_models), _coefficient(best), probability(best.q_value)]
+                )
+    intro = (
+        "Over models, not samples: mean statistic on clean samples against accuracy (attacks: mean over epsilons), "
+        "bootstrap 95 % intervals, permutation p, Benjamini–Hochberg q over the table (p and q: Spearman). "
+        "All statistics and epsilons are in tables/correlations.csv."
+    )
+    headers = ["group", "accuracy", "n", "Spearman", "Pearson", "Kendall", "p", "q"]
+    other_headers = ["group", "accuracy", "strongest other", "n", "Spearman", "q"]
+    return "\n\n".join(
+        [
+            intro,
+            f"### The primary statistic, {escape(PRIMARY_STATISTIC)}",
+            table(headers, primary, align="llr") if primary else "The primary statistic is missing.",
+            "### The strongest other statistic",
+            table(other_headers, strongest, align="lllr") if strongest else "No other statistic has a coefficient.",
+        ]
+    )
+
+
+def landing_section(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> str:
+    """Return the runner-up rate against chance and the matrix correlation, at the epsilon of the figure."""
+    rows = []
+    kept = landing_rows(landing, landing_matrices)
+    if kept.empty:
+        return "No attack was examined for where it lands."
+    for data, model in groups(kept):
+        group = of_group(kept, data, model)
+        for attack in attacks(group["attack"]):
+            at = group[group["attack"] == attack]
+            for setting in settings(at):
+                cells = of_setting(at, setting)
+                rows.append(
+                    [
+                        group_name(data, model),
+                        f"{attack_label(attack)}, ε {escape(cells['epsilon_label'].iloc[0])}",
+                        escape(setting_label(*setting)),
+                        str(len(cells)),
+                        whole(cells["n_flips"].sum()),
+                        mean_sd(cells["runner_up_rate"], scale=100.0),
+                        percent(cells["chance"].mean()),
+                        mean_sd(cells["matrix_correlation"], digits=2),
+                    ]
+                )
+    headers = ["group", "attack", "loss", "n models", "flips", "to the runner-up (%)", "chance (%)", "matrix r"]
+    intro = (
+        "Flips that go to the class second by clean softmax, and the correlation between the class-mean softmax and "
+        "the confusion after the attack (off-diagonal cells); mean ± standard deviation over models. The other "
+        "epsilons are in tables/landing.csv."
+    )
+    return intro + "\n\n" + table(headers, rows, align="lllr")
+
+
+def timing_section(timing: pd.DataFrame) -> str:
+    """Return the training-step times of a loss and its baseline, interleaved, with the ratio's interval."""
+    if timing.empty:
+        return "No training step was timed."
+    rows = [
+        [
+            group_name(row.data, row.model),
+            escape(setting_label(str(row.loss), float(row.loss_weight))),
+            escape(setting_label(str(row.baseline), 0.0)),
+            escape(row.device),
+            whole(row.batch_size),
+            whole(row.n_pairs),
+            significant(row.baseline_ms),
+            significant(row.loss_ms),
+            fixed(row.ratio, 3) + interval(fixed(row.ci_low, 3), fixed(row.ci_high, 3)),
+        ]
+        for row in records(timing)
+    ]
+    headers = ["group", "loss", "baseline", "device", "batch", "n pairs", "baseline (ms)", "loss (ms)", "ratio"]
+    return (
+        "Median time of a whole training step, loss and baseline in turn; ratio with a bootstrap 95 % interval.\n\n"
+        + table(headers, rows, align="llllr")
+    )

@@ -1,0 +1,214 @@
+"""The prose sections of REPORT.md: claims, failures, limits, provenance. Every number comes from the study's files."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from drs.figure_plan import Tables
+from drs.figure_style import (
+    attack_label,
+    count,
+    groups,
+    included,
+    is_excluded,
+    of_group,
+    records,
+    setting_label,
+    span,
+    wilson_interval,
+)
+from drs.markdown import NONE, escape, fixed, group_name, interval, percent, significant, table, whole
+
+_SCORING = """\
+Robust accuracy is the share of **all** attacked samples that are still classified right after the attack; a sample
+that is wrong when clean counts as a failure. Every adversarial batch is checked to be finite, inside the pixel range
+and within epsilon. An exception inside an attack fails its cell; it is never scored as robust. The worst case is per
+sample over the attacks of the same norm: a sample counts only if it withstands all of them. Minimal norms are in pixel
+units; where an attack minimises a norm, robust accuracy at epsilon is the share of samples whose norm exceeds it."""
+
+_POINTS, _RATIO, _COEFFICIENT = "points", "ratio", "ρ"
+_EFFECTS = {"C1": _COEFFICIENT, "C2": _POINTS, "C3": _RATIO, "C4": _COEFFICIENT}
+
+
+def effect_text(claim: pd.Series) -> str:
+    """Write a claim's effect in its unit with its 95 % interval: coefficient, percentage points or ratio."""
+    kind = _EFFECTS.get(str(claim["claim"]), "")
+    if pd.isna(claim["effect"]):
+        return NONE
+    values = claim["effect"], claim["ci_low"], claim["ci_high"]
+    if kind == _POINTS:
+        effect, low, high = (percent(value, sign=True) for value in values)
+        return f"{effect}{interval(low, high)} points"
+    if kind == _RATIO:
+        effect, low, high = (fixed(value, 3) for value in values)
+        return f"× {effect}{interval(low, high)}"
+    effect, low, high = (fixed(value) for value in values)
+    return f"{kind} = {effect}{interval(low, high)}" if kind else f"{effect}{interval(low, high)}"
+
+
+def summary(tables: Tables, strong_suite: bool) -> str:
+    """Return the opening paragraph: what was trained and attacked, and what became of each claim."""
+    models, claims = tables["models"], tables["claims"]
+    parts = [f"{group_name(d, m)} ({count(len(of_group(models, d, m)), 'model')})" for d, m in groups(models)]
+    text = [
+        f"This study compares {count(len(models), 'trained model')} on {' and '.join(parts)}, each attacked on "
+        f"{span(models['n_attacked'])} test images."
+    ]
+    overall = claims[claims["data"] == "all"]
+    for _, claim in overall.iterrows():
+        single = claims[(claims["claim"] == claim["claim"]) & (claims["data"] != "all")]
+        differ = single["verdict"].nunique() > 1
+        each = "; ".join(f"{group_name(r.data, r.model)}: {escape(r.verdict)}" for r in records(single))
+        effect = effect_text(claim)
+        known = f" ({effect}, n = {whole(claim['n'])})" if effect != NONE else ""
+        text.append(
+            f"*{escape(claim['statement'])}* **{escape(str(claim['verdict']).capitalize())}**{known}"
+            + (f" – {each}." if differ else ".")
+        )
+    if overall.empty:
+        text.append("No claim was decided: the study has no claims table.")
+    if not strong_suite:
+        text.append(
+            "The strong attacks were not run, so nothing here can show robustness: a gain may be gradient masking."
+        )
+    return " ".join(text)
+
+
+def claims_section(claims: pd.DataFrame) -> str:
+    """Return the claims table (overall rows), then one for each dataset and architecture."""
+    if claims.empty:
+        return "No claim was decided: the study has no claims table."
+    headers = ["claim", "statement", "verdict", "effect [95 % interval]", "n", "evidence"]
+    sections = []
+    for data, model in sorted(groups(claims), key=lambda pair: pair[0] != "all"):
+        rows = [
+            [
+                escape(row["claim"]),
+                escape(row["statement"]),
+                f"**{escape(row['verdict'])}**",
+                effect_text(row),
+                whole(row["n"]),
+                escape(row["evidence"]),
+            ]
+            for _, row in of_group(claims, data, model).iterrows()
+        ]
+        title = "" if data == "all" else f"### {group_name(data, model)}\n\n"
+        sections.append(title + table(headers, rows, align="llllrl"))
+    return "\n\n".join(sections)
+
+
+def failures_section(failures: pd.DataFrame, models: pd.DataFrame) -> str:
+    """Return which runs failed and which models were kept out of correlations and claims, also when there are none."""
+    out = models[is_excluded(models)]
+    headers = ["group", "loss", "seed", "reason"]
+    failed_rows = [
+        [group_name(r.data, r.model), escape(setting_label(str(r.loss), float(r.loss_weight))), whole(r.seed)]
+        + [escape(r.reason) + ("" if pd.isna(r.epoch) else f" (epoch {whole(r.epoch)})")]
+        for r in records(failures)
+    ]
+    out_rows = [
+        [group_name(r.data, r.model), escape(setting_label(str(r.loss), float(r.loss_weight))), whole(r.seed)]
+        + [f"{escape(r.excluded)} (clean {percent(r.clean_accuracy)} %)"]
+        for r in records(out)
+    ]
+    failed = f"{count(len(failures), 'run')} failed and enter{'s' if len(failures) == 1 else ''} no table as a model."
+    kept_out = (
+        f"{len(out)} of {count(len(models), 'finished model')} {'is' if len(out) == 1 else 'are'} excluded from "
+        "correlations, claims and means, and listed here."
+    )
+    return "\n\n".join(
+        [
+            failed if failed_rows else "No run failed.",
+            *([table(headers, failed_rows, align="llrl")] if failed_rows else []),
+            kept_out if out_rows else f"None of the {count(len(models), 'finished model')} is excluded.",
+            *([table(headers, out_rows, align="llrl")] if out_rows else []),
+        ]
+    )
+
+
+def limits_section(tables: Tables, strong_suite: bool) -> str:
+    """Return what the size of this study does not allow to say, computed from its tables."""
+    models = tables["models"]
+    lines = []
+    for data, model in groups(models):
+        group = included(of_group(models, data, model))
+        if group.empty:
+            continue
+        seeds = group.groupby(["loss", "loss_weight"])["seed"].nunique()
+        images = int(group["n_attacked"].min())
+        half = np.ptp(wilson_interval([0.5], [images])) / 2
+        lines.append(
+            f"- {group_name(data, model)}: {count(len(group), 'model')}, {span(seeds)} seeds per loss and weight. "
+            f"{images} attacked images bound a single robust accuracy to ± {percent(half)} points at worst (Wilson "
+            "95 %); the interval of a difference between losses comes from the seeds, and with few of them it is wide."
+        )
+    lines.append(
+        "- Correlations are over models that differ mostly in one weight: they show that two things move together "
+        "along it, not that one makes the other."
+    )
+    if not strong_suite:
+        lines.append(
+            "- Only the attacks of the `paper` suite were run. They cannot show robustness: a loss that flattens "
+            "gradients passes them too. No verdict about robustness here can be better than “supported against weak "
+            "attacks only”."
+        )
+    lines.append(
+        "- CW (torchattacks) is listed because the paper's users run it. It masks the label by multiplying with zero "
+        "and cannot move pixels that are exactly 0 or 1, so it overstates robustness; read it beside CW."
+    )
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {_value(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(inner) for inner in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _rows(values: dict[str, Any]) -> list[list[str]]:
+    return [[escape(key), escape(_value(value))] for key, value in values.items()]
+
+
+def scoring_section(provenance: dict[str, Any]) -> str:
+    """Return how robust accuracy is scored and the parameters of every attack."""
+    parts = [_SCORING]
+    if suites := provenance.get("suites"):
+        parts.append(f"Suites: {escape(_value(suites))}.")
+    if attacks := provenance.get("attacks"):
+        rows = [[escape(attack_label(name)), escape(_value(values))] for name, values in attacks.items()]
+        parts.append(table(["attack", "parameters"], rows, align="l"))
+    if epsilons := provenance.get("epsilons"):
+        parts.append(table(["data", "epsilons (pixel range 0 to 1)"], _rows(epsilons), align="l"))
+    if n_attacked := provenance.get("n_attacked"):
+        parts.append(f"Attacked samples: {escape(_value(n_attacked))}.")
+    return "\n\n".join(parts)
+
+
+def provenance_section(provenance: dict[str, Any]) -> str:
+    """Return commit, date, versions, hardware, wall time and data digests, as far as they are known."""
+    if not provenance:
+        return "Not recorded: the study has no provenance.json."
+    facts: dict[str, Any] = {}
+    if commit := provenance.get("commit"):
+        facts["commit"] = f"{commit}, with uncommitted changes" if provenance.get("dirty") else commit
+    for key in ("created", "versions", "hardware"):
+        if key in provenance:
+            facts[key] = provenance[key]
+    for stage, seconds in (provenance.get("wall_seconds") or {}).items():
+        known = isinstance(seconds, int | float)
+        facts[f"wall time, {stage}"] = f"{significant(seconds)} s" if known else seconds
+    parts = [table(["what", "value"], _rows(facts), align="l")]
+    keys = ("source", "images sha256", "labels sha256")
+    digests = [
+        [escape(name), escape(split), *(escape(content.get(key, "")) for key in keys)]
+        for name, splits in (provenance.get("data") or {}).items()
+        for split, content in splits.items()
+    ]
+    if digests:
+        parts.append(table(["data", "split", *keys], digests, align="l"))
+    return "\n\n".join(parts)
