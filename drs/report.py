@@ -50,7 +50,7 @@ def read_tables(study_dir: str | Path) -> Tables:
     folder = Path(study_dir) / "tables"
     if not (folder / "models.csv").is_file():
         raise UserError(f"{study_dir} has no tables/models.csv; evaluate a study first: scripts/evaluate.py study=NAME")
-    tables = {}
+    tables: Tables = {}
     for name, columns in COLUMNS.items():
         path = folder / f"{name}.csv"
         if not path.is_file() or path.stat().st_size == 0:
@@ -61,9 +61,9 @@ def read_tables(study_dir: str | Path) -> Tables:
         missing = [column for column in columns if column not in table]
         if missing:
             raise UserError(f"{path} lacks the column {missing[0]!r}; evaluate the study again to rebuild its tables")
+        if table.empty and name == "models":
+            raise UserError(f"{path} holds no model; train and evaluate one first")
         tables[name] = table
-    if tables["models"].empty:
-        raise UserError(f"{folder / 'models.csv'} holds no model; train and evaluate one first")
     return tables
 
 
@@ -94,6 +94,7 @@ def draw_figures(study_dir: str | Path, kind: str | None = None) -> list[Path]:
             metadata = {"CreationDate": None} if ending == "pdf" else None
             with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
                 figure.savefig(temporary, format=ending, metadata=metadata)
+            figure.set_layout_engine("none")  # the layout found for the PNG serves the PDF
             written.append(path)
     for path in sorted(folder.glob("*.p[nd][gf]")):
         if path.stem.split("-")[0] in (KINDS if kind is None else (kind,)) and path not in written:

@@ -1,0 +1,233 @@
+"""The figures: drawn from a made-up study, told apart, counted, and with no text on top of other text."""
+
+import re
+import warnings
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from scipy.stats import binomtest
+from synthetic import study_tables
+
+from drs.figure_plan import KINDS, plan_figures
+from drs.figure_style import attacks, setting_label, setting_style, settings, shown_setting, span, wilson_interval
+from drs.figures import (
+    correlation_heatmap,
+    epsilon_curves,
+    statistic_vs_accuracy,
+    training_curves,
+    where_attacks_land,
+)
+
+TABLES = study_tables()
+PLAN = {figure.name: figure for figure in plan_figures(TABLES)}
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, Figure]:
+    return {name: figure.draw() for name, figure in PLAN.items()}
+
+
+def _texts(figure: Figure) -> list[Text]:
+    figure.draw_without_rendering()
+    outside = set()  # ticks beyond an axis' limits keep their labels but are not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+            if not low <= tick.get_loc() <= high:
+                outside |= {tick.label1, tick.label2}
+    texts = figure.findobj(Text)
+    return [text for text in texts if text not in outside and text.get_visible() and text.get_text().strip()]
+
+
+def _words(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in _texts(figure))
+
+
+def test_every_kind_is_planned_for_every_group() -> None:
+    assert {figure.kind for figure in PLAN.values()} == set(KINDS)
+    for tag in ("mnist-lenet", "cifar10-smallcnn"):
+        for kind in ("epsilon_curves", "where_attacks_land", "training_curves"):
+            assert f"{kind}-{tag}" in PLAN
+        assert f"statistic_vs_accuracy-nonlabel_var_log-{tag}" in PLAN
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_text_is_inside_the_figure_and_does_not_overlap(drawn: dict[str, Figure], name: str) -> None:
+    figure = drawn[name]
+    boxes = []
+    for text in _texts(figure):
+        box = text.get_window_extent()
+        if box.width == 0 or (text.axes is not None and not text.axes.axison):
+            continue
+        shown = text.get_text()
+        assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1, f"{shown!r} leaves the figure"
+        assert figure.bbox.y0 - 1 <= box.y0 and box.y1 <= figure.bbox.y1 + 1, f"{shown!r} leaves the figure"
+        if text.get_rotation() % 90 == 0:  # the box around slanted text is mostly empty
+            boxes.append((box, shown))
+    for i, (box, shown) in enumerate(boxes):
+        for other, other_shown in boxes[i + 1 :]:
+            width = min(box.x1, other.x1) - max(box.x0, other.x0)
+            height = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(width, height) < 1.5, f"{shown!r} overlaps {other_shown!r}"
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_legends_cover_no_axes(drawn: dict[str, Figure], name: str) -> None:
+    drawn[name].draw_without_rendering()
+    boxes = [axis.get_window_extent() for axis in drawn[name].axes if axis.axison]
+    for legend in [*drawn[name].legends, *(one for sub in drawn[name].subfigs for one in sub.legends)]:
+        assert not any(legend.get_window_extent().overlaps(box) for box in boxes)
+
+
+@pytest.mark.parametrize("name", PLAN)
+def test_every_figure_says_its_n(drawn: dict[str, Figure], name: str) -> None:
+    words = _words(drawn[name])
+    counted = {
+        "statistic_vs_accuracy": r"(23|9) models, 1000 attacked images",
+        "epsilon_curves": r"3(–4)? seeds × 1000 images",
+        "nonlabel_distribution": r"n = 40000 [\s\S]*n = 30000 ",
+        "correlation_heatmap": r"n = 23 models[\s\S]*n = 9 models[\s\S]*n = 32 models",
+        "where_attacks_land": r"flips a model, (23|9) models",
+        "training_curves": r"n = [34] seeds",
+    }
+    assert re.search(counted[PLAN[name].kind], words), words
+
+
+def test_drawing_leaves_matplotlib_as_it_was() -> None:
+    before = dict(matplotlib.rcParams)
+    training_curves(TABLES["training"], "mnist", "lenet")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_points_are_the_table(drawn: dict[str, Figure]) -> None:
+    figure = drawn["statistic_vs_accuracy-nonlabel_var_log-mnist-lenet"]
+    axis = next(axis for axis in figure.axes if axis.get_title().startswith("PGD"))
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines}
+    rows = TABLES["models"][TABLES["models"]["data"] == "mnist"]
+    assert len(points) == len(rows) == 24
+    for x, y in zip(rows["stat.nonlabel_var_log"], 100 * rows["acc.pgd@mean"], strict=True):
+        assert any(np.isclose(x, px) and np.isclose(y, py) for px, py in points)
+    assert sum(line.get_marker() == "x" for line in axis.lines) == 1  # the excluded model
+    row = TABLES["correlations"].query(
+        "data == 'mnist' and statistic == 'nonlabel_var_log' and attack == 'pgd@mean' and method == 'spearman'"
+    )
+    assert f"ρ = {row['coefficient'].item():.2f}".replace("-", "−") in axis.get_title()
+
+
+def test_bars_are_wilson_intervals_of_the_attacked_images(drawn: dict[str, Figure]) -> None:
+    axis = drawn["statistic_vs_accuracy-nonlabel_var_log-cifar10-smallcnn"].axes[0]
+    bars = {tuple(segment[:, 1]) for bar in axis.collections for segment in bar.get_segments()}
+    share = TABLES["models"].query("data == 'cifar10'")["acc.fgsm@mean"].iloc[0]
+    low, high = 100 * wilson_interval([share], [1000])[:, 0]
+    assert any(np.allclose(bar, (low, high)) for bar in bars)
+
+
+def test_curves_are_means_over_seeds_without_excluded_models(drawn: dict[str, Figure]) -> None:
+    axis = next(axis for axis in drawn["epsilon_curves-mnist-lenet"].axes if axis.get_title().startswith("PGD"))
+    rows = TABLES["accuracy"].query("data == 'mnist' and loss_weight == 0.05 and seed < 3")
+    expected = [100 * rows[rows["attack"] == "clean"]["robust_accuracy"].mean()]
+    for epsilon in (0.1, 0.2, 0.3):
+        cells = rows[(rows["attack"] == "pgd") & np.isclose(rows["epsilon"], epsilon)]
+        expected.append(100 * cells["robust_accuracy"].mean())
+    drawn_lines = [np.asarray(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) == 4]
+    assert any(np.allclose(line, expected) for line in drawn_lines)
+    chance = [line.get_ydata() for line in axis.lines if line.get_linestyle() == ":"]
+    assert np.allclose(chance, 10)
+
+
+def test_epsilons_written_in_255_steps_are_drawn_so(drawn: dict[str, Figure]) -> None:
+    axis = drawn["epsilon_curves-cifar10-smallcnn"].axes[0]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "1", "2", "4"]
+    assert "1/255" in axis.get_xlabel()
+
+
+def test_unbounded_attack_stands_apart(drawn: dict[str, Figure]) -> None:
+    axis = next(axis for axis in drawn["epsilon_curves-mnist-lenet"].axes if "torchattacks" in axis.get_title())
+    assert axis.get_xticklabels()[-1].get_text() == "∞"
+    assert all(np.isfinite(np.asarray(line.get_xdata(), float)).all() for line in axis.lines)
+
+
+def test_heat_map_hatches_what_is_not_significant() -> None:
+    rows = TABLES["correlations"].copy()
+    rows = rows[(rows["data"] == "mnist") & (rows["method"] == "spearman")]
+    shown = (rows["attack"] == "clean") | rows["attack"].str.endswith("@mean")
+    rows["q_value"] = 0.01
+    rows.loc[rows.index[shown][:5], "q_value"] = 0.2
+    rows.loc[rows.index[shown][5], "coefficient"] = np.nan
+    axis = correlation_heatmap(rows).axes[0]
+    assert sum(patch.get_hatch() is not None for patch in axis.patches) == 5
+    assert sum(text.get_text() == "–" for text in axis.texts) == 1
+    assert len(axis.texts) == shown.sum()
+
+
+def test_landing_shows_every_model_once(drawn: dict[str, Figure]) -> None:
+    axis = next(axis for axis in drawn["where_attacks_land-mnist-lenet"].axes if axis.get_title().startswith("PGD"))
+    rows = TABLES["landing"].query("data == 'mnist' and attack == 'pgd' and epsilon_label == '0.2'")
+    rows = rows[rows["excluded"].isna()]
+    points = np.concatenate([line.get_ydata() for line in axis.lines if line.get_linestyle() == "None"])
+    assert np.allclose(np.sort(points), np.sort(100 * rows["runner_up_rate"]))
+
+
+def test_smallest_study_can_be_drawn() -> None:
+    tables = {name: table for name, table in study_tables().items()}
+    keep = {"cifar10-0-0", "cifar10-0.005-0"}
+    for name in ("models", "accuracy", "landing", "training"):
+        tables[name] = tables[name][tables[name]["run_id"].isin(keep)]
+    for name in ("correlations", "landing_matrices"):
+        tables[name] = tables[name].iloc[:0]
+    tables["softmax_profile"] = tables["softmax_profile"].query("data == 'cifar10' and loss_weight != 0.001")
+    kinds = set()
+    for planned in plan_figures(tables):
+        planned.draw().draw_without_rendering()
+        kinds.add(planned.kind)
+    assert kinds == set(KINDS) - {"correlation_heatmap"}
+    figure = statistic_vs_accuracy(
+        tables["models"], tables["accuracy"], tables["correlations"], "margin", "cifar10", "smallcnn"
+    )
+    assert "no coefficient" in _words(figure)
+
+
+def test_model_that_withstands_everything_or_nothing_is_drawn() -> None:
+    landing = TABLES["landing"].copy()
+    landing["n_flips"], landing["runner_up_rate"], landing["matrix_correlation"] = 0, np.nan, np.nan
+    where_attacks_land(landing, TABLES["landing_matrices"], "mnist", "lenet").draw_without_rendering()
+    accuracy = TABLES["accuracy"].copy()
+    accuracy["robust_accuracy"] = 0.0
+    epsilon_curves(accuracy, "mnist", "lenet").draw_without_rendering()
+
+
+def test_colour_is_fixed_per_loss_and_darker_for_more_weight() -> None:
+    weights = [0.0001, 0.001, 0.01, 0.1]
+    light = [sum(matplotlib.colors.to_rgb(setting_style("dr_softmax", weight)["color"])) for weight in weights]
+    assert light == sorted(light, reverse=True) and len(set(light)) == 4
+    losses = ["ce", "dr_softmax", "label_smoothing", "gce", "cot", "logit_squeezing", "confidence_penalty", "mine"]
+    styles = [setting_style(loss, 0.005) for loss in losses]
+    assert len({style["color"] for style in styles}) == len({style["marker"] for style in styles}) == len(losses)
+
+
+def test_names_and_order() -> None:
+    table = pd.DataFrame({"loss": ["cot", "dr_softmax", "ce", "dr_softmax"], "loss_weight": [0.0, 0.02, 0.0, 0.005]})
+    assert settings(table) == [("ce", 0.0), ("dr_softmax", 0.005), ("dr_softmax", 0.02), ("cot", 0.0)]
+    assert [setting_label(*setting) for setting in settings(table)] == ["CE", "DR 0.005", "DR 0.02", "COT"]
+    assert shown_setting(table) == ("dr_softmax", 0.005)
+    assert shown_setting(table, "gce") is None
+    assert attacks(["worst_l2", "square", "pgd@mean", "clean"]) == ["clean", "pgd@mean", "square", "worst_l2"]
+    assert (span([4, 3]), span([2, 2]), span([])) == ("3–4", "2", "0")
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1000), (3, 10), (137, 1000), (1000, 1000)])
+def test_wilson_interval_agrees_with_scipy(hits: int, n: int) -> None:
+    expected = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert np.allclose(wilson_interval([hits / n], [n])[:, 0], (expected.low, expected.high), atol=1e-12)

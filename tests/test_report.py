@@ -1,0 +1,286 @@
+"""The report and the figure files, written from a made-up study."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import PROVENANCE, study_tables, write_study
+
+from drs.errors import UserError
+from drs.figure_style import attack_label, setting_label
+from drs.markdown import escape, probability
+from drs.report import draw_figures, plan_figures, read_tables, write_report
+
+ROOT = Path(__file__).parent.parent
+TABLES = study_tables()
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("studies") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def files(study: Path) -> list[Path]:
+    return draw_figures(study)
+
+
+@pytest.fixture(scope="module")
+def text(study: Path, files: list[Path]) -> str:
+    return write_report(study).read_text(encoding="utf-8")
+
+
+def _section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def _tables(section: str) -> list[list[list[str]]]:
+    """Read every Markdown table of a section: rows of cells, header first."""
+    found: list[list[list[str]]] = [[]]
+    for line in section.splitlines():
+        if line.startswith("|"):
+            cells = line.replace("\\|", "\0").strip("|").split("|")
+            found[-1].append([cell.strip().replace("\0", "|") for cell in cells])
+        elif found[-1]:
+            found.append([])
+    return [[rows[0], *rows[2:]] for rows in found if rows]
+
+
+def _number(cell: str) -> float:
+    return float(cell.split()[0].replace("−", "-"))
+
+
+def test_figures_are_png_and_pdf_of_the_whole_plan(study: Path, files: list[Path]) -> None:
+    names = [figure.name for figure in plan_figures(read_tables(study))]
+    assert [path.name for path in files] == [f"{name}.{ending}" for name in names for ending in ("png", "pdf")]
+    assert all(path.read_bytes()[:4] in (b"\x89PNG", b"%PDF") for path in files)
+    assert sorted(path.name for path in (study / "figures").iterdir()) == sorted(path.name for path in files)
+
+
+def test_redrawing_gives_the_same_bytes_and_removes_only_stale_figures(study: Path, files: list[Path]) -> None:
+    figure = study / "figures" / "correlation_heatmap.pdf"
+    before = figure.read_bytes()
+    stale = study / "figures" / "correlation_heatmap-old.png"
+    other_kind = study / "figures" / "training_curves-gone-mlp.pdf"
+    mine = study / "figures" / "poster.png"
+    for path in (stale, other_kind, mine):
+        path.write_bytes(b"x")
+    written = draw_figures(study, "correlation_heatmap")
+    assert [path.name for path in written] == ["correlation_heatmap.png", "correlation_heatmap.pdf"]
+    assert figure.read_bytes() == before
+    assert not stale.exists() and other_kind.exists() and mine.exists()
+    draw_figures(study, "training_curves")
+    assert not other_kind.exists() and mine.exists()
+    mine.unlink()
+    with pytest.raises(ValueError, match="kind must be one of"):
+        draw_figures(study, "pie")
+
+
+def test_claims_stand_on_top_and_every_one_is_there(text: str) -> None:
+    assert text.startswith("# tiny: ")
+    assert text.index("## Claims") < text.index("## How the verdicts are decided") < text.index("## Models")
+    overall, *others = _tables(_section(text, "Claims"))
+    claims = TABLES["claims"]
+    assert len(others) == 2
+    for rows, (data, model) in zip([overall, *others], [("all", "all"), *_groups()], strict=True):
+        expected = claims[(claims["data"] == data) & (claims["model"] == model)]
+        assert [row[0] for row in rows[1:]] == list(expected["claim"])
+        assert [row[2].strip("*") for row in rows[1:]] == list(expected["verdict"])
+        assert [row[4] for row in rows[1:]] == [str(n) for n in expected["n"]]
+        assert [row[5] for row in rows[1:]] == [escape(e).replace("\\|", "|") for e in expected["evidence"]]
+        effects = {row[0]: row[3] for row in rows[1:]}
+        assert effects["C1"] == "ρ = 0.04 [−0.01, 0.12]"
+        assert effects["C2"] == ("+4.2 points" if data == "all" else "+4.2 [−1.2, +12.3] points")
+        assert effects["C3"].startswith("× 1.012")
+
+
+def _groups() -> list[tuple[str, str]]:
+    return [("mnist", "lenet"), ("cifar10", "smallcnn")]
+
+
+def test_summary_speaks_from_the_claims(text: str) -> None:
+    summary = text.split("\n\n")[1]
+    assert "33 trained models" in summary and "1000 test images" in summary
+    for row in TABLES["claims"].query("data == 'all'").itertuples():
+        assert row.statement in summary and f"**{row.verdict.capitalize()}**" in summary
+    assert "strong attacks were not run" in summary
+
+
+def test_rules_are_the_codes_own(text: str) -> None:
+    assert pytest.importorskip("drs.claims").RULES.strip() in text
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_models_table_holds_the_tables_means(text: str, number: int) -> None:
+    header, *rows = _tables(_section(text, "Models"))[number]
+    data = _groups()[number][0]
+    models = TABLES["models"][(TABLES["models"]["data"] == data) & TABLES["models"]["excluded"].isna()]
+    assert len(rows) == models["loss_weight"].nunique()
+    for row, (weight, seeds) in zip(rows, models.groupby("loss_weight"), strict=True):
+        cells = dict(zip(header, row, strict=True))
+        assert cells["loss"] == setting_label("dr_softmax" if weight else "ce", weight)
+        assert cells["n seeds"] == str(len(seeds))
+        expected = {"clean (%)": 100 * seeds["clean_accuracy"], "training (s)": seeds["train_seconds"]}
+        expected["median norm, CW"] = seeds["norm.cw"]
+        for attack in ("fgsm", "pgd", "cw_torchattacks", "cw", "worst_linf", "worst_l2"):
+            expected[f"{attack_label(attack)} (%)"] = 100 * seeds[f"acc.{attack}@mean"]
+        assert set(cells) == {"loss", "n seeds", *expected}
+        for name, values in expected.items():
+            mean, spread = cells[name].split(" ± ")
+            assert float(mean) == pytest.approx(values.mean(), abs=0.051)
+            assert float(spread) == pytest.approx(values.std(), abs=0.051)
+
+
+def test_accuracy_table_holds_every_cell(text: str) -> None:
+    for rows, (data, _) in zip(_tables(_section(text, "Robust accuracy")), _groups(), strict=True):
+        accuracy = TABLES["accuracy"][(TABLES["accuracy"]["data"] == data) & TABLES["accuracy"]["excluded"].isna()]
+        seen = {(row[0], row[1]): row for row in rows[1:]}
+        cells = accuracy.groupby(["attack", "epsilon_label"])
+        assert len(seen) == len(rows) - 1 == cells.ngroups
+        for (attack, label), group in cells:
+            epsilon = {"clean": "", "inf": "∞"}.get(attack if attack == "clean" else label, label)
+            row = seen[attack_label(attack), epsilon]
+            means = 100 * group.groupby("loss_weight")["robust_accuracy"].mean()
+            assert np.allclose([_number(cell) for cell in row[2:-1]], means, atol=0.0501)
+            assert row[-1] == str(group["n"].iloc[0])
+
+
+def test_differences_hold_points_and_norms(text: str) -> None:
+    header, *rows = _tables(_section(text, "Differences to cross-entropy"))[0]
+    at = TABLES["paired_differences"].query("data == 'mnist' and loss_weight == 0.005").set_index("attack")
+    row = dict(zip(header, next(row for row in rows if row[0] == "DR 0.005"), strict=True))
+    assert _number(row["PGD"]) == pytest.approx(100 * at["difference"]["pgd@mean"], abs=0.0501)
+    assert _number(row["median norm, CW"]) == pytest.approx(at["difference"]["norm.cw"], abs=0.000501)
+    low, high = row["clean"].split("[")[1].rstrip("]").replace("−", "-").split(", ")
+    assert (float(low), float(high)) == pytest.approx(tuple(100 * at.loc["clean", ["ci_low", "ci_high"]]), abs=0.0501)
+    assert row["n pairs"] == "4"
+
+
+def test_correlations_give_n_and_the_strongest_other(text: str) -> None:
+    primary, strongest = _tables(_section(text, "Correlations"))
+    correlations = TABLES["correlations"]
+    for row in primary[1:]:
+        data = row[0].split("/")[0]
+        attack = next(
+            name
+            for name in correlations["attack"].unique()
+            if (name == "clean" or name.endswith("@mean")) and attack_label(name.removesuffix("@mean")) == row[1]
+        )
+        of = correlations[(correlations["data"] == data) & (correlations["attack"] == attack)]
+        own = of[of["statistic"] == "nonlabel_var_log"].set_index("method")
+        assert row[2] == str(own["n_models"].iloc[0])
+        for cell, method in zip(row[3:6], ("spearman", "pearson", "kendall"), strict=True):
+            assert _number(cell) == pytest.approx(own["coefficient"][method], abs=0.00501)
+        assert row[7] == probability(own["q_value"]["spearman"])
+        others = of[(of["statistic"] != "nonlabel_var_log") & (of["method"] == "spearman")].set_index("statistic")
+        other = next(line for line in strongest[1:] if line[:2] == row[:2])
+        assert other[2] == others["coefficient"].abs().idxmax()
+        assert other[3] == str(others["n_models"].iloc[0])
+
+
+def test_landing_and_timing_hold_the_tables_numbers(text: str) -> None:
+    rows = _tables(_section(text, "Where attacks land"))[0]
+    row = next(row for row in rows if row[:3] == ["mnist/lenet", "PGD, ε 0.2", "DR 0.005"])
+    at = TABLES["landing"].query(
+        "data == 'mnist' and attack == 'pgd' and epsilon_label == '0.2' and loss_weight == 0.005"
+    )
+    assert row[3:5] == ["4", str(at["n_flips"].sum())]
+    assert _number(row[5]) == pytest.approx(100 * at["runner_up_rate"].mean(), abs=0.0501)
+    assert row[6] == "11.1"
+    assert _number(row[7]) == pytest.approx(at["matrix_correlation"].mean(), abs=0.00501)
+    header, timing, _ = _tables(_section(text, "Training and its time"))[0]
+    assert dict(zip(header, timing, strict=True))["ratio"] == "1.027 [1.011, 1.043]"
+
+
+def test_failed_and_excluded_are_counted_and_listed(text: str) -> None:
+    section = _section(text, "Failed and excluded models")
+    assert "1 run failed and enters no table" in section
+    assert "1 of 33 finished models is excluded" in section
+    failed, excluded = _tables(section)
+    assert failed[1] == ["cifar10/smallcnn", "DR 0.02", "0", "diverged: the loss became nan (epoch 2)"]
+    assert excluded[1][:3] == ["mnist/lenet", "DR 0.05", "3"] and "near chance" in excluded[1][3]
+
+
+def test_every_embedded_figure_exists_and_every_figure_is_embedded(study: Path, files: list[Path], text: str) -> None:
+    links = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert sorted(links) == sorted(f"figures/{path.name}" for path in files if path.suffix == ".png")
+    assert all((study / link).is_file() for link in links)
+    numbers = [int(line.split(".")[0].removeprefix("*Figure ")) for line in text.splitlines() if line[:8] == "*Figure "]
+    assert sorted(numbers) == list(range(1, len(links) + 1))
+
+
+def test_provenance_and_limits(text: str) -> None:
+    section = _section(text, "Provenance")
+    assert PROVENANCE["commit"] in section and "torch = 2.13.0" in section and "742 s" in section
+    assert "Some \\| CPU" in section and "6d87" * 16 in section
+    assert "steps = 20" in _section(text, "Attacks and how they are scored")
+    limits = _section(text, "Limits of this study")
+    assert "23 models, 3–4 seeds" in limits and "± 3.1 points" in limits
+    assert "paper` suite" in limits
+
+
+def test_strong_suite_changes_the_limits(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "strong")
+    (study / "provenance.json").write_text(json.dumps({**PROVENANCE, "suites": ["paper", "strong"], "dirty": True}))
+    text = write_report(study).read_text()
+    assert "strong attacks were not run" not in text and "paper` suite" not in text
+    assert "with uncommitted changes" in text
+    assert "No figure" not in text and "![" not in text  # none was drawn, so none is linked
+
+
+def test_short_and_missing_tables_still_make_a_report(tmp_path: Path) -> None:
+    keep = {"cifar10-0-0", "cifar10-0.005-0"}
+    tables = {"models": TABLES["models"], "accuracy": TABLES["accuracy"], "training": TABLES["training"]}
+    tables = {name: rows[rows["run_id"].isin(keep)] for name, rows in tables.items()}
+    tables |= {"failures": TABLES["failures"].iloc[:0], "correlations": TABLES["correlations"].iloc[:0]}
+    study = write_study(tmp_path / "short", tables)
+    (study / "tables" / "timing.csv").touch()
+    (study / "provenance.json").unlink()
+    written = draw_figures(study)
+    text = write_report(study).read_text()
+    kinds = {path.stem.split("-")[0] for path in written}
+    assert kinds == {"statistic_vs_accuracy", "epsilon_curves", "training_curves"}
+    for sentence in (
+        "No run failed.", "None of the 2 finished models is excluded.", "no claims table", "No training step was",
+        "Too few models", "no provenance.json", "no paired difference", "No attack was examined",
+    ):  # fmt: skip
+        assert sentence in text
+    assert not re.search(r"\bnan\b", text.lower())
+    cell = _tables(_section(text, "Models"))[0][1][2]
+    assert cell == f"{100 * tables['models']['clean_accuracy'].iloc[0]:.1f}"  # one seed: no spread
+
+
+def test_names_are_read_as_text(tmp_path: Path) -> None:
+    tables = dict(TABLES)
+    for name in ("models", "accuracy"):
+        tables[name] = tables[name].replace({"run_id": {"mnist-0-0": "1234567e8901"}})
+    study = write_study(tmp_path / "names", tables)
+    assert "1234567e8901" in set(read_tables(study)["models"]["run_id"])
+    assert set(read_tables(study)["accuracy"]["epsilon_label"]) >= {"0.1", "1", "1/255", "inf"}
+
+
+def test_user_errors_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tables/models.csv"):
+        draw_figures(tmp_path / "absent")
+    study = write_study(tmp_path / "broken")
+    (study / "provenance.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        write_report(study)
+    TABLES["accuracy"].drop(columns="epsilon").to_csv(study / "tables" / "accuracy.csv", index=False)
+    with pytest.raises(UserError, match="lacks the column 'epsilon'"):
+        draw_figures(study)
+    TABLES["models"].iloc[:0].to_csv(study / "tables" / "models.csv", index=False)
+    with pytest.raises(UserError, match="holds no model"):
+        write_report(study)
+    assert not (study / "figures").exists() and not (study / "REPORT.md").exists()
