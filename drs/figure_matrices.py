@@ -1,5 +1,7 @@
 """The figures made of matrices: the correlation heat map, and where attacks land."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -107,18 +109,18 @@ def correlation_heatmap(correlations: pd.DataFrame) -> Figure:
 
 
 def landing_rows(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> pd.DataFrame:
-    """Keep one epsilon per (data, model, attack): the one whose matrices are stored, else the middle one.
+    """Keep one epsilon per (data, model, attack): that of the matrices if the attack has it, else the middle one.
 
     Returns:
         The rows of ``landing`` at that epsilon, excluded models left out.
     """
     kept = []
-    for (data, model, attack), rows in included(landing).groupby(["data", "model", "attack"], sort=False):
+    for (data, model, _), rows in included(landing).groupby(["data", "model", "attack"], sort=False):
         labels = list(dict.fromkeys(rows["epsilon_label"].astype(str)))
         stored = of_group(landing_matrices, str(data), str(model))
-        stored_labels = stored.loc[stored["attack"] == attack, "epsilon_label"].astype(str).tolist()
+        shown = [label for label in stored["epsilon_label"].astype(str).unique() if label in labels]
         finite = [label for label in labels if label != "inf"] or labels
-        label = stored_labels[0] if stored_labels else finite[len(finite) // 2]
+        label = shown[0] if shown else finite[len(finite) // 2]
         kept.append(rows[rows["epsilon_label"].astype(str) == label])
     return pd.concat(kept) if kept else landing.iloc[:0]
 
@@ -132,7 +134,9 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
                   markeredgewidth=0.4)  # fmt: skip
         axis.hlines(100 * cells["runner_up_rate"].mean(), position - 0.32, position + 0.32, color=style["color"])
     axis.axhline(100 * rows["chance"].mean(), color=CHANCE_COLOUR, linestyle=":", linewidth=1)
-    axis.set_xticks(range(len(shown)), [setting_label(*setting) for setting in shown], rotation=45, ha="right")
+    names = [setting_label(*setting) for setting in shown]
+    slant: dict[str, Any] = {"rotation": 45, "ha": "right"} if len(shown) <= 8 else {"rotation": 90, "fontsize": 6}
+    axis.set_xticks(range(len(shown)), names, **slant)
     axis.set_ylim(0, 105)
     axis.set_xlim(-0.6, len(shown) - 0.4)
     flips = rows["n_flips"].dropna()
@@ -164,8 +168,9 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
     stored = of_group(landing_matrices, data, model)
     shown, names = settings(rows), attacks(rows["attack"])
     kept = settings(stored)
-    figure = Figure(figsize=(WIDTH, 2.6 + (2.3 if kept else 0)), layout="constrained")
-    heights = [2.6, 2.3][: 2 if kept else 1]
+    longest = max(len(setting_label(*setting)) for setting in shown)
+    heights = [2.0 + 0.06 * longest, 2.3][: 2 if kept else 1]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, attack in zip(upper.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         _runner_up(axis, rows[rows["attack"] == attack], shown)

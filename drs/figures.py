@@ -205,7 +205,7 @@ def nonlabel_distribution(softmax_profile: pd.DataFrame) -> Figure:
         settings are thin lines without one.
     """
     pairs = groups(softmax_profile)
-    figure, axes = panels(len(pairs), columns=2 if len(pairs) < 5 else 3, height=2.5, extra=0.6)
+    figure, axes = panels(len(pairs), columns=2, height=2.3, extra=0.6)
     for axis, (data, model) in zip(axes, pairs, strict=True):
         rows = of_group(softmax_profile, data, model)
         main = [("ce", 0.0), shown_setting(rows)]
@@ -227,7 +227,7 @@ def nonlabel_distribution(softmax_profile: pd.DataFrame) -> Figure:
         axis.set_xlabel("rank among the non-label classes (1 = largest)")
         axis.set_title(f"{data}, {model}\nn = {span(rows['n'])} (clean samples × seeds) a line", linespacing=1.35)
     figure.supylabel("softmax value (log scale)")
-    figure.suptitle("Median over clean test samples; band: quartiles (CE and one DR weight)")
+    figure.suptitle("Median over clean test samples; band: quartiles, for the bold lines")
     legend_below(figure, settings(softmax_profile), lines=True)
     return figure
 
