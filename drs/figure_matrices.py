@@ -100,7 +100,7 @@ def correlation_heatmap(correlations: pd.DataFrame) -> Figure:
         axis.set_title(f"{title}\nn = {span(panel['n_models'])} models", linespacing=1.35)
     bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=axes, fraction=0.02, pad=0.01, aspect=25)
     bar.set_label("Spearman's ρ over models")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     figure.suptitle("Mean statistic on clean samples against accuracy (attacks: mean over ε)")
     hatch = Patch(facecolor="0.75", hatch="////", edgecolor="white", label=f"q ≥ {ALPHA:g} (Benjamini–Hochberg)")
     none = Patch(facecolor="0.93", label="no coefficient (a column is constant)")
@@ -206,5 +206,5 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
     axes[0].set_ylabel("true class")
     bar = lower[0].colorbar(image, ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("share of the row (%)")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return figure

@@ -83,7 +83,8 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
     if len(trained):
         caption = (
             f"Mean over seeds with a band of one standard deviation ({count(trained['run_id'].nunique(), 'run')}). "
-            "Each training minimises its own loss, so losses of different colours do not compare."
+            "Each training minimises its own loss, so training losses of different colours do not compare; validation "
+            "loss is cross-entropy for all."
         )
         yield _planned(
             "training_curves", tag, where, caption, partial(figures.training_curves, tables["training"], data, model)

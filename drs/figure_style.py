@@ -6,6 +6,7 @@ line styles say the same again for a grey print. DR-softmax is one hue, darker f
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from statistics import NormalDist
 from typing import Any
 
 import matplotlib
@@ -16,7 +17,6 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
 
 Setting = tuple[str, float]  # (loss, loss_weight): what is repeated over seeds
 
@@ -195,7 +195,7 @@ def wilson_interval(proportion: ArrayLike, n: ArrayLike, confidence: float = 0.9
     Source: Wilson 1927; Brown, Cai and DasGupta 2001.
     """
     p, count = np.asarray(proportion, float), np.asarray(n, float)
-    z = norm.ppf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (p + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     # At 0 and 1 the bounds are 0 and 1 exactly; rounding would leave 1e-18.

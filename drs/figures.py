@@ -234,7 +234,7 @@ def nonlabel_distribution(softmax_profile: pd.DataFrame) -> Figure:
 
 @styled
 def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
-    """Draw loss and accuracy per epoch, training and validation, a line per loss and weight.
+    """Draw loss and accuracy per epoch, in training and on validation data, a line per loss and weight.
 
     Args:
         training: training.csv.
@@ -242,13 +242,13 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
         model: Architecture.
 
     Returns:
-        The figure: mean over seeds, band of one standard deviation. Losses include their penalty, so their values do
-        not compare between losses.
+        The figure: mean over seeds, band of one standard deviation. A training loss includes its own penalty and does
+        not compare between losses; the validation loss is cross-entropy for all.
     """
     rows = of_group(training, data, model)
     kinds = [
-        ("train_loss", "training loss", 1),
-        ("val_loss", "validation loss", 1),
+        ("train_loss", "training loss (each its own)", 1),
+        ("val_loss", "validation cross-entropy (nat)", 1),
         ("train_accuracy", "training accuracy (%)", 100),
         ("val_accuracy", "validation accuracy (%)", 100),
     ]
