@@ -1,0 +1,40 @@
+# Every target that runs Python makes .venv first where it is missing or out of date: any works in a fresh clone.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data smoke reproduce figures test lint clean lock
+
+help:  # lists the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup:  ## make .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter: 3.11 or 3.12)
+	@sh scripts/setup.sh "$(PYTHON)"
+
+data: setup  ## fetch and verify every data set that this machine can reach
+	@$(PY) scripts/fetch_data.py
+
+smoke: setup  ## train, attack and report a tiny study on digits
+	@$(PY) scripts/train.py experiment=smoke
+	@$(PY) scripts/evaluate.py experiment=smoke
+
+reproduce: setup  ## the whole study: laptop without a GPU, mnist and cifar10 with one (EXPERIMENT=smoke chooses)
+	@$(PY) scripts/reproduce.py $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)")
+
+figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
+	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")
+
+test: lint  ## lint, then run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+
+lint: setup  ## check style, format and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+clean:  ## remove .venv, caches and builds; data/ and results/ stay
+	rm -rf .venv .venv-lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+lock:  ## write requirements.lock and environment.yml anew from pyproject.toml
+	@sh scripts/lock.sh "$(PYTHON)"

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Make .venv hold just requirements.lock and this package: setup.sh [PYTHON]. Does nothing where it does already.
+set -eu
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+stamp=.venv/installed
+
+# What .venv was made from. The folder belongs to it: scripts of a virtual environment hold its absolute path.
+wanted() {
+    pwd
+    cat requirements.lock pyproject.toml
+}
+
+if [ -f "$stamp" ] && wanted | cmp -s - "$stamp" && .venv/bin/python -c '' 2>/dev/null; then
+    exit 0
+fi
+
+version=$("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null) || version="not found"
+case $version in
+    3.11 | 3.12) ;;
+    *)
+        echo "error: PYTHON=$python is $version, but 3.11 or 3.12 is needed; for example: make setup PYTHON=python3.12" >&2
+        exit 2
+        ;;
+esac
+
+count=$(grep -c '==' requirements.lock)
+echo "setup: installing $count packages into .venv (Python $version); this takes a few minutes the first time"
+rm -f "$stamp"
+"$python" -m venv --clear .venv
+.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+# setuptools is in the lock, so that nothing needs to be fetched to build the package.
+.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+wanted >"$stamp.tmp"
+mv "$stamp.tmp" "$stamp"
+echo "setup: .venv is ready"
