@@ -9,7 +9,7 @@ help:  # lists the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup:  ## make .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter: 3.11 or 3.12)
-	@sh scripts/setup.sh "$(PYTHON)"
+	@sh scripts/setup.sh "$(PYTHON)" "$(MAKECMDGOALS)"
 
 data: setup  ## fetch and verify every data set that this machine can reach
 	@$(PY) scripts/fetch_data.py

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Make .venv hold just requirements.lock and this package: setup.sh [PYTHON]. Does nothing where it does already.
+# Make .venv hold just requirements.lock and this package: setup.sh PYTHON [GOALS]. Does nothing where it does already,
+# and says so only where setup itself is a goal of make.
 set -eu
 cd "$(dirname "$0")/.."
-python=${1:-python3}
+python=$1
+goals=${2:-}
 stamp=.venv/installed
 
 # What .venv was made from. The folder belongs to it: scripts of a virtual environment hold its absolute path.
@@ -12,6 +14,7 @@ wanted() {
 }
 
 if [ -f "$stamp" ] && wanted | cmp -s - "$stamp" && .venv/bin/python -c '' 2>/dev/null; then
+    case " $goals " in *" setup "*) echo "setup: .venv is up to date ($(.venv/bin/python --version))" ;; esac
     exit 0
 fi
 
