@@ -18,8 +18,8 @@ esac
 cat >requirements.lock.tmp <<END
 # Exact versions of everything that is installed, for Python 3.11 and 3.12 on Linux. Written by \`make lock\`, which
 # installs pyproject.toml with its dev extra into a fresh environment and lists what came; do not edit by hand.
-# Not listed: the CUDA libraries (nvidia-*, cuda-*, triton). A CUDA build of torch asks for the versions that it was
-# built with in its own metadata and a CPU build for none, so that this one file serves both.
+# Not listed: the CUDA libraries (nvidia-*, cuda-*, triton). A CUDA build of torch names them in its own metadata, all
+# but one with exact versions, and a CPU build needs none, so that this one file serves both.
 $pins
 END
 cat >environment.yml.tmp <<END
