@@ -7,7 +7,6 @@ error of its models, so that seeds which agree by luck do not make every differe
 the same seed on another machine is another draw.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,11 +19,13 @@ from scipy import stats
 
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
+from drs.report import read_provenance
 
 LEVEL = 0.95
 REFERENCE = PROJECT_ROOT / "results" / "reference"
 MACHINE_CLAIMS = ("C3",)  # decided by timing, which belongs to the machine
 _KEYS = ["data", "model", "loss", "loss_weight"]
+_TABLES = ("models", "accuracy", "claims", "timing")
 _TEXT = ("run_id", "data", "model", "loss", "attack", "epsilon_label", "excluded", "claim", "verdict", "device")
 
 
@@ -98,8 +99,7 @@ class Comparison:
         verdicts: Both verdicts of each claim, own first.
         cells: The accuracies that both have.
         ratios: Training-step time over cross-entropy's as (ratio, ci_low, ci_high), own first.
-        only_own: What the reference lacks.
-        only_reference: What this study lacks.
+        only_own, only_reference: What the other lacks.
         not_comparable: Accuracies that average over other epsilons.
     """
 
@@ -122,20 +122,21 @@ def half_width(own: SeedMean, reference: SeedMean, level: float = LEVEL) -> floa
     A study with one seed borrows the other's variance between seeds; with one seed each, only the binomial error is
     known and the interval is a normal one.
     """
-    squares, terms = [], []
+    squares, seed_errors = [], []
     for side, other in ((own, reference), (reference, own)):
-        freedom = (side if side.n_seeds > 1 else other).n_seeds - 1
-        variance = side.variance if side.n_seeds > 1 else other.variance
-        between = variance / side.n_seeds if freedom > 0 else 0.0
+        source = side if side.n_seeds > 1 else other
+        between = source.variance / side.n_seeds if source.n_seeds > 1 else 0.0
         # One success and one failure more keep the error of 0 % and 100 % above zero (Agresti and Caffo 2000).
         share = (side.mean * side.n_samples + 1) / (side.n_samples + 2)
         binomial = share * (1 - share) / (side.n_samples * side.n_seeds)
         squares.append(max(between, binomial))
         if between > binomial:
-            terms.append(between**2 / freedom)
+            seed_errors.append((between, source.n_seeds - 1))
+    if 1 in (own.n_seeds, reference.n_seeds) and len(seed_errors) == 2:  # one estimate, used twice
+        seed_errors = [(sum(error for error, _ in seed_errors), seed_errors[0][1])]
     total = sum(squares)
-    freedom_of_both = total**2 / sum(terms) if terms else math.inf
-    return float(stats.t.ppf((1 + level) / 2, freedom_of_both) * math.sqrt(total))
+    freedom = total**2 / sum(error**2 / n for error, n in seed_errors) if seed_errors else math.inf
+    return float(stats.t.ppf((1 + level) / 2, freedom) * math.sqrt(total))
 
 
 def compare(own: Path, reference: Path) -> Comparison:
@@ -145,12 +146,7 @@ def compare(own: Path, reference: Path) -> Comparison:
         UserError: If one of them has no table of models, or a table cannot be read.
     """
     result = Comparison()
-    tables = [{name: _read(folder, name) for name in ("models", "accuracy", "claims", "timing")}
-              for folder in (own, reference)]  # fmt: skip
-    for folder, content in zip((own, reference), tables, strict=True):
-        if content["models"].empty:
-            raise UserError(f"{folder / 'tables' / 'models.csv'} is missing or empty; evaluate the study first")
-    mine, theirs = tables
+    mine, theirs = ({name: _read(folder, name) for name in _TABLES} for folder in (own, reference))
     _compare_verdicts(result, mine["claims"], theirs["claims"])
     _compare_cells(result, mine, theirs)
     own_ratios, their_ratios = _ratios(mine["timing"]), _ratios(theirs["timing"])
@@ -161,6 +157,8 @@ def compare(own: Path, reference: Path) -> Comparison:
 def _read(folder: Path, name: str) -> pd.DataFrame:
     path = folder / "tables" / f"{name}.csv"
     if not path.is_file() or path.stat().st_size == 0:
+        if name == "models":
+            raise UserError(f"{path} is missing or empty; evaluate the study first")
         return pd.DataFrame()
     try:
         return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
@@ -232,8 +230,7 @@ def compare_with_reference(study_dir: Path, reference_root: Path = REFERENCE, li
     """Tell in plain text how a study agrees with the reference study of its name.
 
     Args:
-        study_dir: ``results/<study>``.
-        reference_root: Folder of the reference studies.
+        study_dir: ``results/<study>``; ``reference_root`` holds the reference studies.
         limit: List at most so many lines of one kind and count the rest.
 
     Raises:
@@ -252,14 +249,10 @@ def compare_with_reference(study_dir: Path, reference_root: Path = REFERENCE, li
 
 
 def _origin(reference: Path) -> str:
-    path = reference / "provenance.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        commit, hardware = content.get("commit"), content.get("hardware") or {}
-        machine = hardware.get("gpu") or hardware.get("cpu")
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: not a JSON object as an evaluation writes it; restore it") from None
-    return f"commit {str(commit)[:10] if commit else 'unknown'}, {machine or 'machine unknown'}"
+    content = read_provenance(reference)
+    hardware = content.get("hardware") or {}
+    machine = hardware.get("gpu") or hardware.get("cpu") or "machine unknown"
+    return f"commit {str(content.get('commit', 'unknown'))[:10]}, {machine}"
 
 
 def _verdict_lines(result: Comparison) -> list[str]:
@@ -284,7 +277,7 @@ def _cell_lines(result: Comparison, limit: int) -> list[str]:
         f"Accuracies: {len(result.cells) - len(wrong)} of {len(result.cells)} means over seeds agree within the "
         f"{LEVEL:.0%} interval of their difference; about {1 - LEVEL:.0%} ({expected:.1f}) would disagree by chance"
     )
-    lines = [text + ("; these do:" if wrong else ".")]
+    lines = [text + ("; these disagree:" if wrong else ".")]
     for cell in wrong[:limit]:
         lines.append(
             f"  {cell.setting} {cell.column.removeprefix('acc.')}: {cell.own.mean:.1%} here (n={cell.own.n_seeds}), "
