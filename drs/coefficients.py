@@ -1,0 +1,206 @@
+"""Spearman, Pearson and Kendall coefficients of many pairs of columns under many resamples at once.
+
+A resample of n rows is a vector of n counts: how often each row was drawn. All three coefficients are normalised
+inner products (of values, of ranks, of the signs of pairwise differences), so resamples become matrix products.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+Array = NDArray[np.float64]
+METHODS = ("spearman", "pearson", "kendall")
+_CHUNK_VALUES = 4_000_000  # the largest temporary array: 32 MB of float64
+_TIE = 1e-10  # a permuted coefficient this close below the observed one is the same arrangement, rounded differently
+
+
+def _signs(columns: Array) -> NDArray[np.float32]:
+    """``[n, C]`` -> ``[C, n, n]``: the sign of value i minus value j."""
+    values = columns.T
+    return np.sign(values[:, :, None] - values[:, None, :]).astype(np.float32)
+
+
+def _standard(columns: Array) -> Array:
+    # Before centring, so that a column of tiny or huge values neither underflows nor overflows when squared.
+    largest = np.abs(columns - columns[0]).max(axis=0)
+    scaled = (columns - columns[0]) / np.where(largest > 0, largest, 1.0)
+    return scaled - scaled.mean(axis=0)
+
+
+def _ratio(numerator: Array, left: Array, right: Array) -> Array:
+    """Divide inner products ``[B, S, A]`` by the norms whose squares are ``[B, S]`` and ``[B, A]``; 0/0 is NaN."""
+    denominator = np.sqrt(np.maximum(left, 0.0))[:, :, None] * np.sqrt(np.maximum(right, 0.0))[:, None, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(np.where(denominator > 0, numerator / denominator, np.nan), -1.0, 1.0)
+
+
+def _chunks(total: int, values_each: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_VALUES // max(values_each, 1))
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def _pearson(left: Array, right: Array, counts: Array) -> Array:
+    left, right = _standard(left), _standard(right)
+    n = counts.sum(axis=1, keepdims=True)
+    products = (left[:, :, None] * right[:, None, :]).reshape(len(left), -1)
+    sum_left, sum_right = counts @ left, counts @ right
+    shape = (len(counts), left.shape[1], right.shape[1])
+    numerator = (counts @ products).reshape(shape) - sum_left[:, :, None] * sum_right[:, None, :] / n[:, :, None]
+    return _ratio(numerator, counts @ left**2 - sum_left**2 / n, counts @ right**2 - sum_right**2 / n)
+
+
+def _resampled_ranks(signs: NDArray[np.float32], counts: Array) -> Array:
+    """``[C, n, n]`` and ``[B, n]`` -> ``[B, n, C]``: twice the centred rank of each row within each resample.
+
+    The rank of a value, ties averaged, is half the sum of its signs against all values drawn, up to a constant; so
+    ranks are exact integers here, and a resample is ranked anew without sorting.
+    """
+    columns, n, _ = signs.shape
+    flat = signs.transpose(2, 1, 0).reshape(n, n * columns).astype(np.float64)
+    return (counts @ flat).reshape(len(counts), n, columns)
+
+
+def _spearman(left: NDArray[np.float32], right: NDArray[np.float32], counts: Array) -> Array:
+    ranks_left, ranks_right = _resampled_ranks(left, counts), _resampled_ranks(right, counts)
+    weighted = ranks_left * counts[:, :, None]
+    numerator = weighted.transpose(0, 2, 1) @ ranks_right
+    squares_right = (ranks_right**2 * counts[:, :, None]).sum(axis=1)
+    return _ratio(numerator, (weighted * ranks_left).sum(axis=1), squares_right)
+
+
+def _kendall(left: NDArray[np.float32], right: NDArray[np.float32], counts: Array) -> Array:
+    # Whole numbers below 2**24 throughout, which float32 holds exactly.
+    first, second = np.triu_indices(left.shape[1], 1)
+    left, right = left[:, first, second], right[:, first, second]
+    weights = (counts[:, first] * counts[:, second]).astype(np.float32)
+    products = (left[:, None, :] * right[None, :, :]).reshape(-1, len(first))
+    numerator = (weights @ products.T).reshape(len(counts), len(left), len(right)).astype(np.float64)
+    squares = [(weights @ (side**2).T).astype(np.float64) for side in (left, right)]
+    return _ratio(numerator, *squares)
+
+
+def coefficients(left: Array, right: Array, counts: Array | None = None) -> dict[str, Array]:
+    """Return every coefficient of every column of ``left`` with every column of ``right`` in every resample.
+
+    Args:
+        left: ``[n, S]`` finite values.
+        right: ``[n, A]`` finite values.
+        counts: ``[B, n]``: how often each row was drawn; None for the rows as they are (B = 1).
+
+    Returns:
+        Method -> ``[B, S, A]``: Spearman's rho (ties get average ranks), Pearson's r, Kendall's tau-b. NaN where a
+        column is constant in the resample.
+    """
+    counts = np.ones((1, len(left))) if counts is None else counts.astype(np.float64)
+    signs = _signs(left), _signs(right)
+    n, columns = len(left), left.shape[1] * right.shape[1]
+    cost = max(n * (left.shape[1] + right.shape[1]), n * n // 2, columns)
+    parts: dict[str, list[Array]] = {method: [] for method in METHODS}
+    for chunk in _chunks(len(counts), cost):
+        spearman = _spearman(*signs, counts[chunk])
+        # Rounding leaves a constant resample a tiny variance of values, but never of ranks.
+        pearson = np.where(np.isnan(spearman), np.nan, _pearson(left, right, counts[chunk]))
+        for method, part in zip(METHODS, (spearman, pearson, _kendall(*signs, counts[chunk])), strict=True):
+            parts[method].append(part)
+    return {method: np.concatenate(part) for method, part in parts.items()}
+
+
+def draw_counts(n: int, n_bootstrap: int, rng: np.random.Generator) -> Array:
+    """Return bootstrap resamples of n rows as counts ``[n_bootstrap, n]``."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=n_bootstrap).astype(np.float64)
+
+
+def draw_permutations(n: int, n_permutations: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return random orders of n rows, ``[n_permutations, n]``."""
+    return rng.permuted(np.tile(np.arange(n), (n_permutations, 1)), axis=1)
+
+
+def permuted_coefficients(left: Array, right: Array, orders: NDArray[np.int64]) -> dict[str, Array]:
+    """Return every coefficient after the rows of one side were put in each of ``orders`` ``[M, n]``.
+
+    Returns:
+        Method -> ``[M, S, A]``, as ``coefficients`` gives it; NaN where a column is constant.
+    """
+    if left.shape[1] > right.shape[1]:  # reorder the narrower side; the inverse orders are as random
+        swapped = permuted_coefficients(right, left, orders)
+        return {method: values.transpose(0, 2, 1) for method, values in swapped.items()}
+    n, columns = left.shape
+    first, second = np.triu_indices(n, 1)
+    signs_left, signs_right = _signs(left), _signs(right)
+    kendall_right = signs_right[:, first, second].T
+    pairs_left = signs_left[:, first, second]
+    sides = {
+        "spearman": (signs_left.sum(axis=2).T.astype(np.float64), signs_right.sum(axis=2).T.astype(np.float64)),
+        "pearson": (_standard(left), _standard(right)),
+    }
+    result = {method: np.empty((len(orders), columns, right.shape[1])) for method in METHODS}
+    for chunk in _chunks(len(orders), columns * max(len(first), n) + n * n):
+        order = orders[chunk]
+        for method, (values_left, values_right) in sides.items():
+            numerator = values_left.T[:, order].transpose(1, 0, 2) @ values_right
+            squares = (values_left**2).sum(axis=0)[None], (values_right**2).sum(axis=0)[None]
+            result[method][chunk] = _ratio(numerator, *squares)
+        reordered = signs_left[:, order[:, first], order[:, second]].reshape(-1, len(first))
+        numerator = (reordered @ kendall_right).reshape(columns, len(order), -1).transpose(1, 0, 2).astype(np.float64)
+        squares = (pairs_left**2).sum(axis=1)[None], (kendall_right**2).sum(axis=0)[None]
+        result["kendall"][chunk] = _ratio(numerator, *(side.astype(np.float64) for side in squares))
+    constant = np.isnan(result["spearman"])
+    result["pearson"][constant] = np.nan
+    return result
+
+
+def bca_interval(observed: Array, draws: Array, influence: Array, level: float = 0.95) -> tuple[Array, Array]:
+    """Return bias-corrected and accelerated bootstrap intervals (Efron 1987, J. Am. Stat. Assoc. 82, 171-185).
+
+    Draws in which the coefficient does not exist (NaN) are dropped; where more than half are, there is no interval.
+
+    Args:
+        observed: ``[S, A]`` coefficients.
+        draws: ``[B, S, A]`` coefficients of bootstrap resamples.
+        influence: ``[n, S, A]``: mean of the leave-one-out coefficients minus each of them; NaN counts as 0.
+        level: Confidence level.
+
+    Returns:
+        Lower and upper bounds, ``[S, A]`` each, NaN where there is none.
+    """
+    ordered = np.sort(draws, axis=0)  # NaN comes last
+    kept = np.isfinite(draws).sum(axis=0)
+    exists = (2 * kept >= len(draws)) & np.isfinite(observed)
+    total = np.maximum(kept, 1)
+    below = (draws < observed - _TIE).sum(axis=0) + 0.5 * (np.abs(draws - observed) <= _TIE).sum(axis=0)
+    # Half a draw away from 0 and 1, where the correction would be infinite.
+    bias = norm.ppf(np.clip(below, 0.5, total - 0.5) / total)
+    influence = np.nan_to_num(influence)
+    cubes, squares = (influence**3).sum(axis=0), (influence**2).sum(axis=0)
+    acceleration = cubes / np.where(squares > 0, 6 * squares**1.5, 1.0)
+    bounds = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        shifted = bias + norm.ppf(tail)
+        position = norm.cdf(bias + shifted / (1 - acceleration * shifted)) * (total - 1)
+        low = np.floor(position).astype(np.int64)
+        high = np.minimum(low + 1, total - 1)
+        values = [np.take_along_axis(ordered, index[None], axis=0)[0] for index in (low, high)]
+        bound = values[0] + (position - low) * (values[1] - values[0])
+        bounds.append(np.where(exists, bound, np.nan))
+    return bounds[0], bounds[1]
+
+
+def permutation_p(observed: Array, permuted: Array, *, alternative: str = "two-sided") -> Array:
+    """Return ``(b + 1) / (m + 1)``: b of the m random orders gave a coefficient at least as extreme.
+
+    Args:
+        observed: ``[S, A]`` coefficients.
+        permuted: ``[M, S, A]`` coefficients of random orders.
+        alternative: ``two-sided`` (by absolute value) or ``greater``.
+
+    Returns:
+        ``[S, A]``, NaN where the coefficient is.
+    """
+    if alternative not in ("two-sided", "greater"):
+        raise ValueError(f"alternative={alternative!r} is unknown; it is two-sided or greater")
+    if alternative == "two-sided":
+        observed, permuted = np.abs(observed), np.abs(permuted)
+    extreme = (permuted >= observed - _TIE).sum(axis=0)
+    return np.where(np.isfinite(observed), (extreme + 1) / (len(permuted) + 1), np.nan)
