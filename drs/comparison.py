@@ -180,14 +180,14 @@ def _compare_cells(result: Comparison, own: dict[str, pd.DataFrame], reference: 
     for setting in _common(result, mine, theirs):
         for column in _common(result, mine[setting], theirs[setting], f"{setting} "):
             (epsilons, mean), (other_epsilons, other_mean) = mine[setting][column], theirs[setting][column]
-            if epsilons == other_epsilons:
+            if epsilons == other_epsilons or not (epsilons and other_epsilons):
                 result.cells.append(Cell(setting, column, mean, other_mean, half_width(mean, other_mean)))
             else:
                 result.not_comparable.append(f"{setting} {column}: {epsilons} here, {other_epsilons} there")
 
 
 def _seed_means(models: pd.DataFrame, accuracy: pd.DataFrame) -> dict[Setting, dict[str, tuple[str, SeedMean]]]:
-    """Return setting -> column -> (the epsilons it averages over, its seed mean), excluded models left out."""
+    """Return setting -> column -> (its epsilons where accuracy.csv tells, its seed mean), without excluded models."""
     attacks = {name: name[4:-5] for name in map(str, models) if name.startswith("acc.") and name.endswith("@mean")}
     scored: dict[Any, pd.DataFrame] = {}
     if len(accuracy):
@@ -277,14 +277,13 @@ def _cell_lines(result: Comparison, limit: int) -> list[str]:
         f"Accuracies: {len(result.cells) - len(wrong)} of {len(result.cells)} means over seeds agree within the "
         f"{LEVEL:.0%} interval of their difference; about {1 - LEVEL:.0%} ({expected:.1f}) would disagree by chance"
     )
-    lines = [text + ("; these disagree:" if wrong else ".")]
-    for cell in wrong[:limit]:
-        lines.append(
-            f"  {cell.setting} {cell.column.removeprefix('acc.')}: {cell.own.mean:.1%} here (n={cell.own.n_seeds}), "
-            f"{cell.reference.mean:.1%} there (n={cell.reference.n_seeds}), difference {100 * cell.difference:+.1f} "
-            f"points, expected within {100 * cell.half_width:.1f}"
-        )
-    return lines + _rest(len(wrong) - limit)
+    items = [
+        f"{cell.setting} {cell.column.removeprefix('acc.')}: {cell.own.mean:.1%} here (n={cell.own.n_seeds}), "
+        f"{cell.reference.mean:.1%} there (n={cell.reference.n_seeds}), difference {100 * cell.difference:+.1f} "
+        f"points, expected within {100 * cell.half_width:.1f}"
+        for cell in wrong
+    ]
+    return _listed(f"{text}; these disagree:", items, limit) or [f"{text}."]
 
 
 def _ratio_lines(result: Comparison) -> list[str]:
@@ -296,8 +295,5 @@ def _ratio_lines(result: Comparison) -> list[str]:
 
 
 def _listed(title: str, items: list[str], limit: int) -> list[str]:
-    return [title, *(f"  {item}" for item in items[:limit]), *_rest(len(items) - limit)] if items else []
-
-
-def _rest(count: int) -> list[str]:
-    return [f"  and {count} more"] if count > 0 else []
+    rest = [f"  and {len(items) - limit} more"] if len(items) > limit else []
+    return [title, *(f"  {item}" for item in items[:limit]), *rest] if items else []
