@@ -21,6 +21,8 @@ import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from drs.comparison import REFERENCE, compare_with_reference
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_weight
 from drs.entrypoint import fail
@@ -85,7 +87,7 @@ def main() -> int:
         run_step("evaluate.py", f"experiment={plan.experiment}")
     for plan in plans:
         show(claims_text(plan.folder, width=terminal_width()))
-        show(compare_with_reference(plan.folder))
+        show(wrapped(compare_with_reference(plan.folder), terminal_width()))
         show(outputs_text(plan.folder))
     show(f"Total time: {duration(time.monotonic() - started)}")
     return 0
@@ -125,7 +127,7 @@ def plan_text(plan: Plan, reference_root: Path, width: int) -> str:
         samples = plan.suite.n_samples.get(data, plan.suite.n_samples["default"])
         lines.append(f"    {data}: {samples} test images; epsilons {bounds}")
     lines.append(f"  {_expected_time(reference_root / plan.folder.name)}")
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="      "))
+    return wrapped("\n".join(lines), width)
 
 
 def _training_lines(name: str, jobs: list[TrainConfig]) -> list[str]:
@@ -210,6 +212,12 @@ def outputs_text(study_dir: Path) -> str:
         [f"Report:  {study_dir / 'REPORT.md'}", f"Figures: {len(figures)} in {study_dir / 'figures'}"]
         + [f"  {path.name}" for path in figures]
     )
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break each line of ``text`` that is longer than ``width`` columns, and indent what follows."""
+    lines = (textwrap.wrap(line, width, subsequent_indent="      ") for line in text.splitlines())
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def terminal_width() -> int:
