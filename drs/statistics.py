@@ -24,6 +24,10 @@ STATISTICS: tuple[str, ...] = (
 )
 
 
+def _variance(values: Tensor) -> Tensor:
+    return (values - values.mean(dim=1, keepdim=True)).square().mean(dim=1)
+
+
 def softmax_statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return every statistic of ``STATISTICS`` for every sample.
 
@@ -82,7 +86,7 @@ def softmax_statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     log_q = others - log_others.unsqueeze(1)
     q = log_q.exp()
     others_mass = (log_others - log_total).exp()
-    q_std = q.std(dim=1, correction=0)
+    q_std = _variance(q).sqrt()
     largest = others.max(dim=1).values
     nonlabel_max = (largest - log_total).exp()
 
@@ -90,12 +94,12 @@ def softmax_statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         entropy, gap = torch.ones_like(largest), nonlabel_max
     else:
         # An underflowed q has a finite logarithm, so 0 log 0 needs no special case. Rounding may exceed the bounds.
-        entropy = (-(q * log_q).sum(dim=1) / math.log(classes - 1)).clamp(0.0, 1.0)
+        entropy = ((q * -log_q).sum(dim=1) / math.log(classes - 1)).clamp(0.0, 1.0)
         second = others.topk(2, dim=1).values[:, 1]
         gap = -nonlabel_max * torch.expm1(second - largest)
 
     values = (
-        log_q.var(dim=1, correction=0),
+        _variance(log_q),
         others_mass * q_std,
         (classes - 1) * q_std,
         entropy,

@@ -1,0 +1,257 @@
+"""The rules that decide the claims, fixed before a study is run: constants, code, and the text that a report prints.
+
+Each function takes the figures of one group (a dataset and an architecture) and returns a verdict with its reason.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from drs.correlation import Correlation
+
+PRIMARY_STATISTIC = "nonlabel_var_log"  # what the loss restrains
+PRIMARY_LOSS = "dr_softmax"
+PRIMARY_WEIGHT = 0.005  # the authors' first published value
+ALPHA = 0.05
+MIN_MODELS = 8
+# With k settings the smallest exact two-sided p is 2 / k!: 0.083 for four, 0.017 for five.
+MIN_SETTINGS = 5
+MIN_PAIRS = 3
+MEANINGFUL_GAIN = 0.02
+MEANINGFUL_CORRELATION = 0.5
+TIME_BUDGET = 1.05
+
+WEAK_ATTACKS = ("fgsm@mean", "pgd@mean")
+WORST_CASES = ("worst_linf@mean", "worst_l2@mean")
+DECISIVE_WEAK = "pgd@mean"
+DECISIVE_WORST = "worst_linf@mean"
+NAMES = {
+    "clean": "clean",
+    "fgsm@mean": "FGSM",
+    "pgd@mean": "PGD",
+    "cw@mean": "CW",
+    "worst_linf@mean": "worst case Linf",
+    "worst_l2@mean": "worst case L2",
+}
+
+SUPPORTED = "supported"
+WEAK_ONLY = "supported against weak attacks only"
+NOT_SUPPORTED = "not supported"
+INCONCLUSIVE = "inconclusive (n too small)"
+# From most to least favourable.
+CONCLUSIVE = (SUPPORTED, WEAK_ONLY, NOT_SUPPORTED)
+
+STATEMENTS = {
+    "C1": "Post-attack results correlate with the non-label softmax distribution.",
+    "C2": "DR-softmax improves robustness.",
+    "C3": "It costs no significant time.",
+    "C4": "Standard accuracy has no significant positive correlation with softmax stochasticity.",
+}
+
+_NOT_STRONG = "the strong attacks were not run, so no better verdict was possible"
+
+
+def _names(attacks: Sequence[str]) -> str:
+    return " and ".join(NAMES[attack] for attack in attacks)
+
+
+_SMALL = f"fewer than {MIN_MODELS} models or {MIN_SETTINGS} settings"
+RULES = f"""\
+These rules were fixed before the study was run. A verdict is *{SUPPORTED}*, *{WEAK_ONLY}*, *{NOT_SUPPORTED}* or
+*{INCONCLUSIVE}*. Each group, a dataset and an architecture, is decided by itself; excluded models never count. Attacks
+are read at the mean of their finite epsilons. The weak attacks are {_names(WEAK_ATTACKS)}; the worst case is per
+sample over all attacks of a norm, Linf and L2. Unless the strong attacks were run, no claim about
+robustness (C1, C2) gets better than *{WEAK_ONLY}*. Intervals are 95 %. A set of attacks passes only if every attack in
+it passes, so reading several needs no further correction.
+
+- **C1. {STATEMENTS["C1"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with robust accuracy. An attack
+  passes if three things hold. Over the models, the bootstrap interval excludes 0 and the Benjamini–Hochberg q over the
+  whole table is below {ALPHA:g}. Over the DR-softmax models alone, the sign is the same and the permutation p is below
+  {ALPHA:g}; else a cluster of other models beside a cluster of DR-softmax models would be enough. Over the settings, a
+  point per loss and weight that averages its seeds, the sign is the same and the permutation p is below {ALPHA:g};
+  seeds of one setting are replicates, and without this check a chance difference between settings, repeated at every seed,
+  would be enough.
+  - *{SUPPORTED}*: weak attacks and worst cases pass, and the strong attacks were run.
+  - *{WEAK_ONLY}*: otherwise, if the weak attacks pass.
+  - *{NOT_SUPPORTED}*: neither set passes, and the interval for PGD lies within ±{MEANINGFUL_CORRELATION:g}; or PGD
+    passes over the models, but over at least {MIN_MODELS} DR-softmax models of at least {MIN_SETTINGS} weights the
+    interval ends before {MEANINGFUL_CORRELATION:g} in that direction.
+  - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
+- **C2. {STATEMENTS["C2"]}** Difference in robust accuracy between DR-softmax at weight {PRIMARY_WEIGHT:g} (the
+  authors' first published value) and cross-entropy, paired by seed. An attack passes if the t interval lies above 0,
+  from at least {MIN_PAIRS} pairs.
+  - *{SUPPORTED}*: weak attacks and worst cases pass, and the strong attacks were run.
+  - *{WEAK_ONLY}*: otherwise, if the weak attacks pass.
+  - *{NOT_SUPPORTED}*: neither set passes, and the interval for PGD ends below {100 * MEANINGFUL_GAIN:g} points.
+  - *{INCONCLUSIVE}*: everything else, and fewer than {MIN_PAIRS} pairs.
+- **C3. {STATEMENTS["C3"]}** Ratio of the time of a training step, DR-softmax at weight {PRIMARY_WEIGHT:g} over
+  cross-entropy, steps interleaved, bootstrap interval.
+  - *{SUPPORTED}*: the interval lies below {TIME_BUDGET:g}. *{NOT_SUPPORTED}*: it lies above. *{INCONCLUSIVE}*: it
+    contains {TIME_BUDGET:g}.
+- **C4. {STATEMENTS["C4"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with clean accuracy, with
+  one-sided permutation p-values against a positive one, over the models and over the settings.
+  - *{NOT_SUPPORTED}*: both p-values are below {ALPHA:g}.
+  - *{SUPPORTED}*: neither is, and the interval over the models ends below {MEANINGFUL_CORRELATION:g}.
+  - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
+
+Over all groups the verdict is the least favourable that any group came to, from *{SUPPORTED}* over *{WEAK_ONLY}* to
+*{NOT_SUPPORTED}*; inconclusive groups have no say unless all are. The effect is the groups' coefficients averaged with
+their numbers of models as weights (C1, C4), or the plain mean of the groups' effects (C2, C3)."""
+
+
+class Decision(NamedTuple):
+    """A verdict and the one sentence that says why."""
+
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The coefficient of one attack: over all models, over the DR-softmax models, over settings.
+
+    Attributes:
+        models: All usable models.
+        q_value: Benjamini-Hochberg q of ``models`` in the whole table.
+        alone: The DR-softmax models.
+        alone_settings: How many weights those have.
+        settings: A point per loss and weight.
+    """
+
+    models: Correlation
+    q_value: float
+    alone: Correlation
+    alone_settings: int
+    settings: Correlation
+
+
+class Difference(NamedTuple):
+    """A paired difference with its interval over ``n`` seeds."""
+
+    n: int
+    difference: float
+    ci_low: float
+    ci_high: float
+
+
+def _passes_over_models(reading: Reading) -> bool:
+    interval = reading.models
+    return (interval.ci_low > 0 or interval.ci_high < 0) and reading.q_value < ALPHA
+
+
+def _failed_check(reading: Reading | None) -> str:
+    """Name the first check that the coefficient of an attack fails, or nothing."""
+    if reading is None or math.isnan(reading.models.coefficient):
+        return "no coefficient"
+    if not _passes_over_models(reading):
+        return "not over all models"
+    sign = math.copysign(1, reading.models.coefficient)
+    for name, part in (("DR-softmax models alone", reading.alone), ("settings", reading.settings)):
+        if not (sign * part.coefficient > 0 and part.p_value < ALPHA):
+            return f"not over the {name}"
+    return ""
+
+
+def _too_few(n_models: int, n_settings: int) -> str:
+    if n_models < MIN_MODELS:
+        return f"{n_models} usable models; {MIN_MODELS} are needed"
+    if n_settings < MIN_SETTINGS:
+        return f"{n_settings} settings of loss and weight; {MIN_SETTINGS} are needed, seeds do not replace them"
+    return ""
+
+
+def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -> Decision:
+    """Decide C1 from the coefficient of each of ``WEAK_ATTACKS`` and ``WORST_CASES`` that exists."""
+    missing = [attack for attack in WEAK_ATTACKS if attack not in readings]
+    if missing:
+        return Decision(INCONCLUSIVE, f"no coefficient for {_names(missing)}")
+    pgd = readings[DECISIVE_WEAK]
+    if reason := _too_few(pgd.models.n, pgd.settings.n):
+        return Decision(INCONCLUSIVE, reason)
+    if math.isnan(pgd.models.coefficient):
+        return Decision(INCONCLUSIVE, "no coefficient for PGD: a column is constant")
+    failed = {attack: _failed_check(readings.get(attack)) for attack in (*WEAK_ATTACKS, *WORST_CASES)}
+    failures = "; ".join(f"{NAMES[attack]}: {check}" for attack, check in failed.items() if check)
+    weak = not any(failed[attack] for attack in WEAK_ATTACKS)
+    worst = not any(failed[attack] for attack in WORST_CASES)
+    if weak and worst and strong_suite:
+        return Decision(SUPPORTED, f"holds for {_names(WEAK_ATTACKS)} and for both worst cases")
+    if weak:
+        return Decision(WEAK_ONLY, f"holds for {_names(WEAK_ATTACKS)}; " + (failures if strong_suite else _NOT_STRONG))
+    if worst:
+        return Decision(INCONCLUSIVE, f"holds for both worst cases but fails for {failures}")
+    if max(-pgd.models.ci_low, pgd.models.ci_high) < MEANINGFUL_CORRELATION:
+        return Decision(NOT_SUPPORTED, f"the interval for PGD lies within ±{MEANINGFUL_CORRELATION:g}")
+    limit = pgd.alone.ci_high if pgd.models.coefficient > 0 else -pgd.alone.ci_low
+    enough = pgd.alone.n >= MIN_MODELS and pgd.alone_settings >= MIN_SETTINGS
+    if _passes_over_models(pgd) and enough and limit < MEANINGFUL_CORRELATION:
+        return Decision(
+            NOT_SUPPORTED,
+            "over all models PGD passes, but among the DR-softmax models alone no meaningful coefficient of that sign "
+            "is left: the difference between losses makes it",
+        )
+    return Decision(INCONCLUSIVE, f"neither shown nor ruled out ({failures})")
+
+
+def decide_robustness(differences: Mapping[str, Difference], *, strong_suite: bool) -> Decision:
+    """Decide C2 from the paired difference of each of ``WEAK_ATTACKS`` and ``WORST_CASES`` that exists."""
+    missing = [attack for attack in WEAK_ATTACKS if attack not in differences]
+    if missing:
+        return Decision(INCONCLUSIVE, f"no difference for {_names(missing)}")
+    n = min(differences[attack].n for attack in WEAK_ATTACKS)
+    if n < MIN_PAIRS:
+        return Decision(INCONCLUSIVE, f"{n} pairs of seeds; {MIN_PAIRS} are needed")
+    gains = {
+        attack: attack in differences and differences[attack].n >= MIN_PAIRS and differences[attack].ci_low > 0
+        for attack in (*WEAK_ATTACKS, *WORST_CASES)
+    }
+    failures = _names([attack for attack, gain in gains.items() if not gain])
+    weak = all(gains[attack] for attack in WEAK_ATTACKS)
+    worst = all(gains[attack] for attack in WORST_CASES)
+    if weak and worst and strong_suite:
+        return Decision(SUPPORTED, f"gains for {_names(WEAK_ATTACKS)} and for both worst cases")
+    if weak:
+        rest = f"no gain shown for {failures}" if strong_suite else _NOT_STRONG
+        return Decision(WEAK_ONLY, f"gains for {_names(WEAK_ATTACKS)}; {rest}")
+    if worst:
+        return Decision(INCONCLUSIVE, f"gains for both worst cases but none shown for {failures}")
+    if differences[DECISIVE_WEAK].ci_high < MEANINGFUL_GAIN:
+        return Decision(NOT_SUPPORTED, f"the gain under PGD is below {100 * MEANINGFUL_GAIN:g} points")
+    return Decision(INCONCLUSIVE, f"no gain shown for {failures}, and a gain under PGD is not ruled out")
+
+
+def decide_time(ci_low: float, ci_high: float) -> Decision:
+    """Decide C3 from the interval of the ratio of training-step times."""
+    if ci_high < TIME_BUDGET:
+        return Decision(SUPPORTED, f"the interval lies below {TIME_BUDGET:g}")
+    if ci_low > TIME_BUDGET:
+        return Decision(NOT_SUPPORTED, f"the interval lies above {TIME_BUDGET:g}")
+    if math.isnan(ci_low) or math.isnan(ci_high):
+        return Decision(INCONCLUSIVE, "the ratio has no interval")
+    return Decision(INCONCLUSIVE, f"the interval contains {TIME_BUDGET:g}")
+
+
+def decide_clean(models: Correlation, settings: Correlation) -> Decision:
+    """Decide C4 from the coefficient with clean accuracy over models and over settings."""
+    if reason := _too_few(models.n, settings.n):
+        return Decision(INCONCLUSIVE, reason)
+    if math.isnan(models.coefficient):
+        return Decision(INCONCLUSIVE, "no coefficient: a column is constant")
+    significant = models.p_greater < ALPHA, settings.p_greater < ALPHA
+    if all(significant):
+        return Decision(NOT_SUPPORTED, "the correlation is significantly positive")
+    if not any(significant) and models.ci_high < MEANINGFUL_CORRELATION:
+        return Decision(
+            SUPPORTED, f"not significantly positive, and the interval ends below {MEANINGFUL_CORRELATION:g}"
+        )
+    if any(significant):
+        where = "models but not over settings" if significant[0] else "settings but not over models"
+        return Decision(INCONCLUSIVE, f"significantly positive over {where}")
+    return Decision(INCONCLUSIVE, f"not significantly positive, but {MEANINGFUL_CORRELATION:g} is not ruled out")
+
+
+def least_favourable(verdicts: Sequence[str]) -> str:
+    """Return the least favourable of the conclusive verdicts, or inconclusive if there is none."""
+    conclusive = [verdict for verdict in verdicts if verdict in CONCLUSIVE]
+    return max(conclusive, key=CONCLUSIVE.index) if conclusive else INCONCLUSIVE
