@@ -215,9 +215,9 @@ def outputs_text(study_dir: Path) -> str:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Break each line of ``text`` that is longer than ``width`` columns, and indent what follows."""
-    lines = (textwrap.wrap(line, width, subsequent_indent="      ") for line in text.splitlines())
-    return "\n".join(part for parts in lines for part in parts)
+    """Break each line of ``text`` that is longer than ``width`` columns, and indent what follows; words stay whole."""
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(part for line in text.splitlines() for part in wrapper.wrap(line))
 
 
 def terminal_width() -> int:

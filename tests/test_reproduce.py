@@ -1,0 +1,113 @@
+"""scripts/reproduce.py: its plan, how it fails, and what it ends with. The whole pipeline has a test of its own."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import PROVENANCE, study_tables, write_study
+
+from drs.errors import UserError
+from drs.runs import run_folder
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
+assert SPEC is not None and SPEC.loader is not None
+reproduce = importlib.util.module_from_spec(SPEC)
+sys.modules["reproduce"] = reproduce
+SPEC.loader.exec_module(reproduce)
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DRS_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def test_plan_of_smoke(results: Path, tmp_path: Path) -> None:
+    plan = reproduce.make_plan("smoke")
+    assert not results.exists(), "planning writes nothing"
+    text = reproduce.plan_text(plan, tmp_path / "reference", width=100)
+    lines = [line.strip() for line in text.splitlines()]
+    assert " ".join(lines).startswith(f"Experiment smoke, into {results / 'smoke'} ")
+    assert "digits/mlp ce: 2 seeds = 2 trainings of 30 epochs" in lines
+    assert "digits/mlp dr_softmax: 3 weights (0.001, 0.005, 0.02) x 2 seeds = 6 trainings of 30 epochs" in lines
+    assert "trainings: 8, of which 8 are left" in lines
+    assert "fgsm (linf), pgd (linf), cw_torchattacks (l2), cw (l2, at most 100 images)" in text
+    assert "digits: 200 test images; epsilons linf 0.05, 0.1, 0.2, 0.3; l2 0.25, 0.5, 1.0, 2.0" in lines
+    assert "expected time: unknown, there is no reference timing of this experiment" in lines
+    assert all(len(line) <= 100 for line in text.splitlines() if str(results) not in line)
+
+
+def test_plan_knows_what_is_done_and_how_long_it_took(results: Path, tmp_path: Path) -> None:
+    jobs = reproduce.make_plan("smoke").jobs
+    for job in jobs[:3]:
+        run_folder(job).write_status(state="done")
+    run_folder(jobs[3]).write_status(state="failed", reason="diverged")
+    write_study(tmp_path / "reference" / "smoke")
+    plan = reproduce.make_plan("smoke")
+    text = reproduce.plan_text(plan, tmp_path / "reference", width=200)
+    assert "trainings: 8, of which 5 are left (3 done, 1 failed)" in text
+    assert PROVENANCE["wall_seconds"] == {"train": 741.5, "attack": 432.1}
+    assert "19 min 34 s (train 12 min 22 s, attack 7 min 12 s) on Some | CPU, 2 cores" in text
+
+
+def test_default_follows_the_machine() -> None:
+    expected = ["mnist", "cifar10"] if torch.cuda.is_available() else ["laptop"]
+    assert reproduce.default_experiments() == expected
+
+
+def test_claims_fit_the_terminal(tmp_path: Path) -> None:
+    tables = study_tables()
+    study = write_study(tmp_path / "tiny", tables)
+    wide = reproduce.claims_text(study, width=120).splitlines()
+    assert wide[1].startswith("C1  Post-attack results correlate") and wide[1].endswith("(effect: Spearman's rho)")
+    overall = next(line for line in wide if line.startswith("    overall"))
+    assert " ".join(overall.split()) == "overall supported against weak attacks only 0.042 [−0.012, 0.123] n=23"
+    assert len([line for line in wide if line.endswith("n=23")]) == len(tables["claims"])
+    assert [line[:2] for line in wide if line[0] == "C" and line[1].isdigit()] == ["C1", "C2", "C3", "C4"]
+    narrow = reproduce.claims_text(study, width=60).splitlines()
+    assert max(map(len, narrow)) <= 60
+    assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(wide).split())
+
+
+def test_study_without_claims_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"claims\.csv is missing; evaluate"):
+        reproduce.claims_text(tmp_path, width=80)
+
+
+def test_outputs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "curves.png").touch()
+    assert "1 in" in reproduce.outputs_text(tmp_path) and "curves.png" in reproduce.outputs_text(tmp_path)
+
+
+def test_a_failing_step_ends_the_program_with_its_status(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.run_step("fetch_data.py", "no_such_set")
+    assert stopped.value.code == 2
+    text = capfd.readouterr()
+    assert text.out.startswith("-- fetch_data.py no_such_set\n")
+    assert text.err.startswith("error: ") and "no_such_set" in text.err, "the step's own output passes through"
+    assert text.err.splitlines()[-1].startswith("error: fetch_data.py failed with exit status 2")
+
+
+def test_unknown_experiment_and_broken_status_are_one_line(results: Path) -> None:
+    job = reproduce.make_plan("smoke").jobs[0]
+    run_folder(job).write_status(state="done")
+    (run_folder(job).path / "status.json").write_text(json.dumps({"state": "done"})[:-4])
+    for name, message in (("nope", "experiment=nope: unknown"), ("smoke", "status.json: not JSON")):
+        command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "--experiment", name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (754.5, "12 min 34 s"), (3720, "1 h 02 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert reproduce.duration(seconds) == text
