@@ -1,0 +1,185 @@
+"""What every attack must keep, checked on every batch.
+
+Pixels in [0,1] and a model in eval mode go in; what comes back is finite, inside [0,1] and, for an attack with a
+bound, within epsilon. Attacks run in float32 with TF32 off, and leave the model's modes, its gradients and every
+random generator as they were. An exception inside an attack is never swallowed.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from drs.errors import UserError
+
+SLACK = 1e-6
+"""Rounding allowed beyond epsilon and the pixel range, in pixel units."""
+
+
+class Attack(Protocol):
+    """An attack on a classifier.
+
+    Attributes:
+        name: For messages.
+        norm: ``linf`` or ``l2``, the norm it is scored in.
+        bounded: Whether it takes an epsilon; without one it looks for a small perturbation of any size.
+    """
+
+    name: str
+    norm: str
+    bounded: bool
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        """Return adversarial images like ``images`` ``[B, C, H, W]``; ``epsilon`` is infinite where not bounded."""
+
+
+@dataclass(frozen=True)
+class AttackOutcome:
+    """What an attack made of N samples, all on the CPU.
+
+    Attributes:
+        logits: ``[N, K]`` float32, of the adversarial images.
+        distance: ``[N]`` float64, the norm of the perturbation in pixel units.
+    """
+
+    logits: Tensor
+    distance: Tensor
+
+
+def perturbation_norm(images: Tensor, adversarial: Tensor, norm: str) -> Tensor:
+    """Return the ``linf`` or ``l2`` norm ``[B]`` of the difference of two image batches, float64, pixel units."""
+    difference = (adversarial.double() - images.double()).flatten(1)
+    return torch.linalg.vector_norm(difference, ord=math.inf if norm == "linf" else 2, dim=1)
+
+
+def check_pixels(images: Tensor, source: str) -> None:
+    """Raise ``UserError`` unless ``images`` is float32 ``[B, C, H, W]``, finite and inside [0,1] (1e-6 slack)."""
+    if images.dtype != torch.float32 or images.dim() != 4:
+        raise UserError(f"{source}: float32 images [B, C, H, W] are required, not {images.dtype} {list(images.shape)}")
+    if not images.numel():
+        return
+    low, high = (float(value) for value in torch.aminmax(images))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{source}: a pixel is not finite")
+    if low < -SLACK or high > 1 + SLACK:
+        raise UserError(f"{source}: pixels lie in [{low:g}, {high:g}], but must lie in [0, 1]; normalise inside the model")
+
+
+def check_epsilon(epsilon: float, norm: str) -> None:
+    """Raise ``UserError`` unless epsilon is above 0 and, in ``linf``, at most 1."""
+    if not epsilon > 0:
+        raise UserError(f"epsilon={epsilon}: must be above 0")
+    if norm == "linf" and epsilon > 1:
+        raise UserError(f"epsilon={epsilon}: must be at most 1; pixels lie in [0,1], so write 8/255 rather than 8")
+
+
+def check_eval_mode(model: nn.Module) -> None:
+    """Raise ``UserError`` if any module of the model is in training mode."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise UserError(f"the model is in training mode (module '{name or 'the model itself'}'); call model.eval() first")
+
+
+def check_logits(logits: Tensor, source: str) -> None:
+    """Raise ``UserError`` if a logit is not finite: the argmax of NaN is class 0, so a dead model would look robust."""
+    bad = ~torch.isfinite(logits).all(dim=1)
+    if bool(bad.any()):
+        raise UserError(f"{source}: {int(bad.sum())} of {len(logits)} samples have logits that are not finite; the model is broken")
+
+
+def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm: str, name: str) -> None:
+    """Raise ``UserError`` unless the adversarial batch is whole, inside [0,1] and within epsilon (1e-6 slack)."""
+    if adversarial.shape != images.shape:
+        raise UserError(f"{name} returned {list(adversarial.shape)} for images {list(images.shape)}")
+    check_pixels(adversarial, f"adversarial images of {name}")
+    if images.numel():
+        largest = float(perturbation_norm(images, adversarial, norm).max())
+        if largest > epsilon + SLACK:
+            raise UserError(f"{name} left the ball: {norm} distance {largest:.6g} where epsilon is {epsilon:.6g}")
+
+
+@contextmanager
+def isolated(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed the attack's randomness; restore generators, module modes, gradient flags and TF32 afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.autocast(_device_type(model), enabled=False):
+        torch.manual_seed(seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+            for module, training in modes.items():
+                module.training = training
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((parameter.device.type for parameter in model.parameters()), "cpu")
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, source: str) -> Tensor:
+    """Return finite float32 logits ``[B, K]``; ``UserError`` where one is not finite."""
+    logits = model(images).float()
+    check_logits(logits, source)
+    return logits
+
+
+def run_attack(
+    attack: Attack,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float = math.inf,
+    batch_size: int = 500,
+    seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> AttackOutcome:
+    """Attack the samples the model gets right; the others are failures already and keep their clean logits.
+
+    Args:
+        attack: The attack.
+        model: In eval mode; takes pixels in [0,1] and returns logits.
+        images: ``[N, C, H, W]`` float32 in [0,1].
+        labels: ``[N]`` int64, true classes.
+        epsilon: The bound in pixel units, for a bounded attack.
+        batch_size: Samples per batch.
+        seed: Each batch is seeded with it and its own position.
+        on_batch: Called with the number of samples just finished.
+
+    Raises:
+        UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
+    """
+    check_pixels(images, "the images to attack")
+    check_eval_mode(model)
+    if attack.bounded:
+        check_epsilon(epsilon, attack.norm)
+    logits, distances = [], []
+    for start in range(0, len(images), batch_size):
+        clean, truth = images[start : start + batch_size], labels[start : start + batch_size]
+        clean_logits = predict(model, clean, "clean images")
+        standing = (clean_logits.argmax(dim=1) == truth).nonzero().squeeze(1)
+        distance = torch.zeros(len(clean), dtype=torch.float64)
+        if len(standing):
+            with isolated(model, seed + start):
+                adversarial = attack.perturb(model, clean[standing].clone(), truth[standing], epsilon).detach()
+            check_adversarial(clean[standing], adversarial, epsilon, attack.norm, attack.name)
+            clean_logits[standing] = predict(model, adversarial, f"adversarial images of {attack.name}")
+            distance[standing.cpu()] = perturbation_norm(clean[standing], adversarial, attack.norm).cpu()
+        logits.append(clean_logits.cpu())
+        distances.append(distance)
+        if on_batch is not None:
+            on_batch(len(clean))
+    return AttackOutcome(torch.cat(logits), torch.cat(distances))

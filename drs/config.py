@@ -1,0 +1,406 @@
+"""The schema of every config: types, ranges, and the identity of a run. Imports no torch.
+
+YAML carries values and dataclasses carry the schema. An entrypoint converts its composed config once, with
+``train_config`` or ``evaluate_config``, and passes the typed object on.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from drs.attack_config import AttackConfig, SuiteConfig, attack_schema, check_suite
+from drs.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+RESERVED_STUDIES = ("reference", "bench")
+STUDY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass
+class DataConfig:
+    """A data set: what it holds, how it is normalised, augmented and split, and where to look for it."""
+
+    name: str
+    num_classes: int
+    channels: int
+    size: int
+    mean: list[float]
+    std: list[float]
+    validation: int
+    train_samples: int | None = None
+    augment: str = "none"
+    padding: int = 4
+    root: str | None = None
+    cache: str = "data"
+
+
+@dataclass
+class ModelConfig:
+    """An architecture of ``drs.models`` and its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CrossEntropyConfig:
+    """See ``drs.losses.CrossEntropyLoss``."""
+
+    name: str
+
+
+@dataclass
+class DRSoftmaxConfig:
+    """See ``drs.losses.DRSoftmaxLoss``."""
+
+    name: str
+    weight: float
+    ce_weight: float = 1.0
+    space: str = "log_softmax"
+    reduction: str = "sum"
+    center: str = "non_label"
+
+
+@dataclass
+class LabelSmoothingConfig:
+    """See ``drs.losses.LabelSmoothingLoss``."""
+
+    name: str
+    smoothing: float
+
+
+@dataclass
+class GuidedComplementEntropyConfig:
+    """See ``drs.losses.GuidedComplementEntropyLoss``."""
+
+    name: str
+    alpha: float
+
+
+@dataclass
+class ComplementObjectiveConfig:
+    """See ``drs.losses.ComplementObjectiveLoss``."""
+
+    name: str
+
+
+@dataclass
+class LogitSqueezingConfig:
+    """See ``drs.losses.LogitSqueezingLoss``."""
+
+    name: str
+    weight: float
+    noise_std: float = 0.0
+
+
+@dataclass
+class ConfidencePenaltyConfig:
+    """See ``drs.losses.ConfidencePenaltyLoss``."""
+
+    name: str
+    weight: float
+
+
+LOSS_SCHEMAS: dict[str, type] = {
+    "ce": CrossEntropyConfig,
+    "dr_softmax": DRSoftmaxConfig,
+    "label_smoothing": LabelSmoothingConfig,
+    "gce": GuidedComplementEntropyConfig,
+    "cot": ComplementObjectiveConfig,
+    "logit_squeezing": LogitSqueezingConfig,
+    "confidence_penalty": ConfidencePenaltyConfig,
+}
+
+
+@dataclass
+class OptimConfig:
+    """An optimiser and its learning-rate schedule, stepped once per optimisation step."""
+
+    name: str
+    learning_rate: float
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
+    schedule: str = "one_cycle"
+    warmup: float = 0.2
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides ``metrics.csv``."""
+
+    name: str
+    project: str = "distribution-restrained-softmax"
+    mode: str = "offline"
+
+
+@dataclass
+class TrainConfig:
+    """One training. What decides its result is in ``identity``; the rest is where and how it runs."""
+
+    data: DataConfig
+    model: ModelConfig
+    loss: Any
+    optim: OptimConfig
+    tracking: TrackingConfig
+    epochs: int
+    batch_size: int
+    seed: int
+    study: str
+    precision: str = "float32"
+    compile: bool = False
+    device: str = "auto"
+    results_dir: str = "results"
+    progress: bool = True
+    grid: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class EvaluateConfig:
+    """One evaluation of every finished run of a study."""
+
+    study: str
+    suite: SuiteConfig
+    tracking: TrackingConfig
+    device: str = "auto"
+    results_dir: str = "results"
+    progress: bool = True
+    timing: bool = True
+    grid: list[dict[str, Any]] = field(default_factory=list)
+
+
+def typed(schema: type, section: Any, where: str = "") -> Any:
+    """Convert one section of a composed config to its dataclass.
+
+    Args:
+        schema: The dataclass.
+        section: A mapping of plain values.
+        where: The section's key with a trailing dot, for messages.
+
+    Raises:
+        UserError: For an unknown or missing key, or a value of the wrong type, naming key and value.
+    """
+    if not isinstance(section, dict):
+        raise UserError(f"{where.rstrip('.')}={section!r}: a mapping is required")
+    known = [item.name for item in fields(schema)]
+    for key in section:
+        if key not in known:
+            raise UserError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in known]))
+    for item in fields(schema):
+        if item.name not in section and item.default is MISSING and item.default_factory is MISSING:
+            raise UserError(f"{where}{item.name} is missing; the config needs a value for it")
+    for key, value in section.items():
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{where}{key}={value}: {reason}") from None
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), section))
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """Return the one-line message for a misspelled key, with the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown key '{key}'; {hint}known here: {', '.join(sorted(known))}"
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    try:
+        # Hydra's own section, there when a sweep is planned, holds values that only a running job has.
+        ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from None
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def train_config(config: DictConfig) -> TrainConfig:
+    """Convert and check the composed config of ``scripts/train.py``.
+
+    Raises:
+        UserError: Naming the key, its value and what is allowed.
+    """
+    plain = _plain(config)
+    plain.pop("suite", None)  # belongs to the evaluation of the same experiment
+    sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "tracking": TrackingConfig}
+    for key, schema in sections.items():
+        plain[key] = typed(schema, plain.get(key), f"{key}.")
+    loss = plain.get("loss") or {}
+    name = loss.get("name") if isinstance(loss, dict) else None
+    if name not in LOSS_SCHEMAS:
+        raise UserError(f"loss.name={name}: unknown; it is one of {', '.join(LOSS_SCHEMAS)}")
+    plain["loss"] = typed(LOSS_SCHEMAS[name], loss, "loss.")
+    nested = {key: plain.pop(key) for key in [*sections, "loss"]}
+    # The nested sections are converted already; empty ones stand in while the flat keys are checked.
+    flat = typed(_flat(TrainConfig, nested), plain)
+    result = TrainConfig(**nested, **{item.name: getattr(flat, item.name) for item in fields(flat)})
+    check_train(result)
+    return result
+
+
+def evaluate_config(config: DictConfig) -> EvaluateConfig:
+    """Convert and check the composed config of ``scripts/evaluate.py``.
+
+    Raises:
+        UserError: Naming the key, its value and what is allowed.
+    """
+    plain = _plain(config)
+    suite = plain.get("suite")
+    if not isinstance(suite, dict):
+        raise UserError(f"suite={suite!r}: name one of the files in configs/suite, such as suite=paper")
+    attacks: dict[str, AttackConfig] = {}
+    for name, section in (suite.get("attacks") or {}).items():
+        attacks[name] = typed(attack_schema(name, section), section, f"suite.attacks.{name}.")
+    flat_suite = typed(_flat(SuiteConfig, {"attacks": None}), {k: v for k, v in suite.items() if k != "attacks"}, "suite.")
+    nested: dict[str, Any] = {
+        "suite": SuiteConfig(attacks=attacks, **{item.name: getattr(flat_suite, item.name) for item in fields(flat_suite)}),
+        "tracking": typed(TrackingConfig, plain.get("tracking"), "tracking."),
+    }
+    flat = typed(_flat(EvaluateConfig, nested), {k: v for k, v in plain.items() if k not in nested})
+    result = EvaluateConfig(**nested, **{item.name: getattr(flat, item.name) for item in fields(flat)})
+    check_study(result.study)
+    check_device_name(result.device)
+    check_tracking(result.tracking)
+    check_suite(result.suite)
+    return result
+
+
+def _flat(schema: type, nested: dict[str, Any]) -> type:
+    """Return ``schema`` without the keys that are converted on their own."""
+    from dataclasses import make_dataclass
+
+    kept = []
+    for item in fields(schema):
+        if item.name not in nested:
+            if item.default_factory is not MISSING:
+                kept.append((item.name, item.type, field(default_factory=item.default_factory)))
+            elif item.default is not MISSING:
+                kept.append((item.name, item.type, field(default=item.default)))
+            else:
+                kept.append((item.name, item.type, field()))
+    return make_dataclass(schema.__name__, kept)
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value}: must be {allowed}")
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+
+
+def check_study(study: str) -> None:
+    """Raise ``UserError`` unless ``study`` is one safe path component that does not belong to the project."""
+    _require(
+        bool(STUDY_PATTERN.fullmatch(study)) and study not in RESERVED_STUDIES,
+        "study",
+        study,
+        f"one path component of letters, digits, '.', '_' and '-', and not {' or '.join(RESERVED_STUDIES)}",
+    )
+
+
+def check_device_name(device: str) -> None:
+    """Raise ``UserError`` unless ``device`` reads like auto, cpu, cuda, cuda:N or mps."""
+    _require(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)), "device", device, "auto, cpu, cuda, cuda:N or mps")
+
+
+def check_tracking(tracking: TrackingConfig) -> None:
+    """Raise ``UserError`` for an unknown tracker or mode."""
+    _one_of("tracking.name", tracking.name, ("none", "wandb"))
+    _one_of("tracking.mode", tracking.mode, ("offline", "online"))
+
+
+def check_train(config: TrainConfig) -> None:
+    """Raise ``UserError`` for a value out of range, naming its key and what is allowed."""
+    check_study(config.study)
+    check_device_name(config.device)
+    check_tracking(config.tracking)
+    _require(config.epochs >= 1, "epochs", config.epochs, "at least 1")
+    _require(config.batch_size >= 2, "batch_size", config.batch_size, "at least 2 (batch normalisation needs it)")
+    _require(0 <= config.seed < 2**32, "seed", config.seed, "between 0 and 4294967295")
+    _one_of("precision", config.precision, ("float32", "bfloat16"))
+    _one_of("data.augment", config.data.augment, ("none", "crop", "crop_flip"))
+    _require(config.data.validation >= 0, "data.validation", config.data.validation, "at least 0")
+    _require(config.data.padding >= 0, "data.padding", config.data.padding, "at least 0")
+    samples = config.data.train_samples
+    _require(samples is None or samples >= config.batch_size, "data.train_samples", samples, "null or at least batch_size")
+    optim = config.optim
+    _one_of("optim.name", optim.name, ("sgd", "adam", "adamw"))
+    _one_of("optim.schedule", optim.schedule, ("constant", "cosine", "one_cycle"))
+    _require(math.isfinite(optim.learning_rate) and optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "above 0")
+    _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
+    _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "at least 0 and below 1")
+    _require(not optim.nesterov or optim.momentum > 0, "optim.nesterov", optim.nesterov, "false where momentum is 0")
+    _require(0 < optim.warmup < 1, "optim.warmup", optim.warmup, "between 0 and 1, exclusive")
+    for key in ("beta1", "beta2"):
+        _require(0 <= getattr(optim, key) < 1, f"optim.{key}", getattr(optim, key), "at least 0 and below 1")
+    loss = config.loss
+    for key in ("weight", "ce_weight", "noise_std"):
+        if hasattr(loss, key):
+            value = getattr(loss, key)
+            _require(math.isfinite(value) and value >= 0, f"loss.{key}", value, "a finite number, at least 0")
+    if hasattr(loss, "smoothing"):
+        _require(0 <= loss.smoothing < 1, "loss.smoothing", loss.smoothing, "at least 0 and below 1")
+    if hasattr(loss, "alpha"):
+        _require(math.isfinite(loss.alpha) and loss.alpha > 0, "loss.alpha", loss.alpha, "above 0")
+    if isinstance(loss, DRSoftmaxConfig):
+        _one_of("loss.space", loss.space, ("log_softmax", "softmax", "logits"))
+        _one_of("loss.reduction", loss.reduction, ("sum", "mean"))
+        _one_of("loss.center", loss.center, ("non_label", "all_classes"))
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Return what decides the result of a training: data, model, loss, optimisation and seed.
+
+    Device, paths, logging, compilation and the study's name are left out: they do not belong to the experiment.
+    """
+    data = asdict(config.data)
+    for key in ("root", "cache"):
+        del data[key]
+    return {
+        "data": data,
+        "model": asdict(config.model),
+        "loss": asdict(config.loss),
+        "optim": asdict(config.optim),
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "seed": config.seed,
+    }
+
+
+def fingerprint(content: Any, length: int = 12) -> str:
+    """Return the first hex digits of the SHA-256 of ``content`` as canonical JSON."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def run_id(config: TrainConfig) -> str:
+    """Return the 12 hex digits that name a run: a hash of its ``identity``."""
+    return fingerprint(identity(config))
+
+
+def loss_weight(loss: Any) -> float:
+    """Return the number that a loss is swept over (weight, smoothing or alpha), 0 where it has none."""
+    for key in ("weight", "smoothing", "alpha"):
+        if hasattr(loss, key):
+            return float(getattr(loss, key))
+    return 0.0
+
+
+def project_path(path: str) -> Path:
+    """Resolve a path of a config: absolute ones stay, others start at the project's folder."""
+    return (PROJECT_ROOT / path).resolve()

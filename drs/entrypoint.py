@@ -1,0 +1,70 @@
+"""How an entrypoint starts and how it fails: a user's mistake is one line, a defect is a traceback."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from drs.errors import UserError
+from drs.sweeper import register_plugins
+
+
+def run_entrypoint(main: Callable[[], object]) -> None:
+    """Run a ``hydra.main`` function.
+
+    A ``UserError`` or a config that Hydra refuses ends in ``error: <one line>`` and exit status 2; an interrupt in
+    130. Anything else is a defect and keeps its traceback.
+    """
+    # With this set Hydra raises what went wrong, rather than printing it over several lines and exiting.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_plugins()
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_one_line(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def report_mistakes(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
+    """Decorate a Hydra task: outside a sweep a ``UserError`` ends the program at once.
+
+    Inside a sweep it goes to the sweeper, which lets the other jobs run first.
+    """
+
+    @functools.wraps(task)
+    def wrapped(config: DictConfig) -> object:
+        try:
+            return task(config)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            fail(str(error))
+
+    return wrapped
+
+
+def fail(message: str) -> NoReturn:
+    """Print ``error: <message>`` on one line and exit with status 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _one_line(error: BaseException) -> str:
+    """Join what Hydra says of a bad override with the OmegaConf error behind it, without its advice on internals."""
+    lines = str(error).splitlines()
+    if error.__cause__ is not None:
+        lines += str(error.__cause__).splitlines()
+    noise = ("full_key:", "object_type=", "reference_type=", "Config search path", "provider=", "Set hydra.verbose")
+    kept = [line.strip() for line in lines if line.strip() and not line.strip().startswith(noise)]
+    return "; ".join(dict.fromkeys(kept))

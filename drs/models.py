@@ -1,0 +1,185 @@
+"""Architectures; each takes pixels in [0,1] and normalises them in its first layer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drs.errors import UserError
+from drs.torchvision_compat import import_torchvision
+
+
+class Normalize(nn.Module):
+    """Subtract the mean and divide by the standard deviation of each channel.
+
+    Args:
+        mean: One value per channel, in pixel units.
+        std: One value per channel, in pixel units, above 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise UserError(f"data.mean={list(mean)}, data.std={list(std)}: as many of each are required, and std above 0")
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return normalised images ``[B, C, H, W]``."""
+        return (images - self.mean) / self.std
+
+
+def mlp(num_classes: int, channels: int, size: int, width: int = 256) -> nn.Module:
+    """Two hidden layers of ``width`` ReLU units."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * size * size, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, num_classes),
+    )
+
+
+def lenet(num_classes: int, channels: int, size: int) -> nn.Module:
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; images of 28 pixels are padded by 2 as in the original."""
+    padding = 2 if size < 32 else 0
+    side = ((size + 2 * padding - 4) // 2 - 4) // 2
+    if side < 1:
+        raise UserError(f"model=lenet: needs images of at least 12 pixels, but data.size={size}; use model=mlp")
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 5, padding=padding),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * side * side, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, num_classes),
+    )
+
+
+def _conv(inputs: int, outputs: int, *, pool: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+
+def smallcnn(num_classes: int, channels: int, size: int, width: int = 16) -> nn.Module:
+    """Five 3x3 convolutions with batch normalisation, for CIFAR on a CPU."""
+    if size < 8:
+        raise UserError(f"model=smallcnn: needs images of at least 8 pixels, but data.size={size}; use model=mlp")
+    return nn.Sequential(
+        _conv(channels, width, pool=True),
+        _conv(width, 2 * width, pool=True),
+        _conv(2 * width, 2 * width),
+        _conv(2 * width, 4 * width, pool=True),
+        _conv(4 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, num_classes),
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_conv(width, width), _conv(width, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.body(features)
+
+
+class _Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.factor * logits
+
+
+def resnet9(num_classes: int, channels: int, size: int, width: int = 64, logit_scale: float = 0.125) -> nn.Module:
+    """The nine-layer residual network of the DAWNBench fast-training entries (Page 2018, "How to train your ResNet")."""
+    if size < 16:
+        raise UserError(f"model=resnet9: needs images of at least 16 pixels, but data.size={size}; use model=mlp")
+    return nn.Sequential(
+        _conv(channels, width),
+        _conv(width, 2 * width, pool=True),
+        _Residual(2 * width),
+        _conv(2 * width, 4 * width, pool=True),
+        _conv(4 * width, 8 * width, pool=True),
+        _Residual(8 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, num_classes, bias=False),
+        _Scale(logit_scale),
+    )
+
+
+def resnet18(num_classes: int, channels: int, size: int) -> nn.Module:
+    """torchvision's ResNet-18 (He et al. 2016) with the CIFAR stem: a 3x3 convolution of stride 1 and no max-pooling."""
+    network: nn.Module = import_torchvision().models.resnet18(num_classes=num_classes)
+    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def vgg16_bn(num_classes: int, channels: int, size: int) -> nn.Module:
+    """torchvision's VGG-16 with batch normalisation (Simonyan and Zisserman 2015), for CIFAR: one linear classifier."""
+    if size < 32:
+        raise UserError(f"model=vgg16_bn: needs images of at least 32 pixels, but data.size={size}; use model=mlp")
+    network: nn.Module = import_torchvision().models.vgg16_bn(num_classes=num_classes)
+    if channels != 3:
+        network.features[0] = nn.Conv2d(channels, 64, 3, padding=1)  # type: ignore[operator,index]
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    network.classifier = nn.Linear(512, num_classes)
+    return network
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "lenet": lenet,
+    "smallcnn": smallcnn,
+    "resnet9": resnet9,
+    "resnet18": resnet18,
+    "vgg16_bn": vgg16_bn,
+}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    channels: int,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    **options: Any,
+) -> nn.Module:
+    """Build an untrained classifier of pixels in [0,1], ``[B, channels, size, size]``, to logits ``[B, num_classes]``.
+
+    Initialisation draws from torch's global generator.
+
+    Raises:
+        UserError: For an unknown name or option, or images too small for the architecture.
+    """
+    if name not in MODELS:
+        raise UserError(f"model.name={name}: unknown; it is one of {', '.join(MODELS)}")
+    try:
+        network = MODELS[name](num_classes=num_classes, channels=channels, size=size, **options)
+    except TypeError as error:
+        raise UserError(f"model.options={options}: {name} does not take them ({error})") from None
+    return nn.Sequential(Normalize(mean, std), network)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,202 @@
+"""The folder of one training: written atomically, done only when its status says so."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from drs.config import TrainConfig, check_study, project_path, run_id, train_config
+from drs.errors import UserError
+from drs.files import atomic_write
+from drs.models import build_model
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One training's folder, ``results/<study>/runs/<run_id>``."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, which is also the folder's name."""
+        return self.path.name
+
+    def status(self) -> dict[str, Any]:
+        """Return ``status.json`` (``state`` is running, done or failed), or an empty dict where there is none.
+
+        Raises:
+            UserError: If the file is not a JSON object.
+        """
+        path = self.path / "status.json"
+        if not path.exists():
+            return {}
+        try:
+            status = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); delete the run's folder to train it again") from None
+        if not isinstance(status, dict):
+            raise UserError(f"{path}: a JSON object is required; delete the run's folder to train it again")
+        return status
+
+    def write_status(self, **content: Any) -> None:
+        """Replace ``status.json``."""
+        write_json(self.path / "status.json", content)
+
+    def config(self) -> TrainConfig:
+        """Return the run's own config; ``UserError`` where it is missing or does not fit the schema."""
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise UserError(f"{path} is missing; delete the run's folder to train it again")
+        try:
+            return train_config(OmegaConf.load(path))  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write ``config.yaml``, every value of it."""
+        with atomic_write(self.path / "config.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write ``metrics.csv``, a row per epoch."""
+        text = StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_write(self.path / "metrics.csv") as temporary:
+            temporary.write_text(text.getvalue())
+
+    def save_weights(self, model: nn.Module, architecture: str) -> None:
+        """Write ``checkpoint.safetensors`` with the architecture's name in its metadata."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        with atomic_write(self.path / "checkpoint.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"architecture": architecture, "run_id": self.run_id})
+
+    def load_model(self, device: torch.device) -> nn.Module:
+        """Return the trained model in eval mode, taking pixels in [0,1], ``[B, C, H, W]``.
+
+        Raises:
+            UserError: If the checkpoint is missing, unreadable or of another architecture.
+        """
+        config = self.config()
+        model = build_model_of(config)
+        load_weights(model, self.path / "checkpoint.safetensors", config.model.name)
+        return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def build_model_of(config: TrainConfig) -> nn.Module:
+    """Build the untrained model that a config describes; its first layer normalises pixels."""
+    data = config.data
+    return build_model(
+        config.model.name,
+        num_classes=data.num_classes,
+        channels=data.channels,
+        size=data.size,
+        mean=data.mean,
+        std=data.std,
+        **config.model.options,
+    )
+
+
+def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
+    """Load a safetensors checkpoint into ``model``.
+
+    Raises:
+        UserError: If the file is missing, unreadable, or does not hold just the tensors that ``model`` needs.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; delete the run's folder to train it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("architecture", "an unnamed architecture")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); delete the run's folder to train it again") from None
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    if wanted != given:
+        different = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise UserError(
+            f"{path}: holds the weights of {found}, but the config describes {architecture}; "
+            f"{len(different)} tensors differ, the first is {different[0]}"
+        )
+    model.load_state_dict(state)
+
+
+def run_folder(config: TrainConfig) -> RunFolder:
+    """Return the folder of the run that a config describes, which need not exist yet."""
+    return RunFolder(study_folder(config.results_dir, config.study) / "runs" / run_id(config))
+
+
+def study_folder(results_dir: str, study: str) -> Path:
+    """Return ``results/<study>``; ``UserError`` for a name that is not one path component."""
+    check_study(study)
+    return project_path(results_dir) / study
+
+
+def iterate_runs(study: Path) -> Iterator[RunFolder]:
+    """Yield the run folders of a study, ordered by id."""
+    runs = study / "runs"
+    if runs.is_dir():
+        for path in sorted(runs.iterdir()):
+            if path.is_dir() and (path / "status.json").exists():
+                yield RunFolder(path)
+
+
+def finished_runs(study: Path) -> list[RunFolder]:
+    """Return the runs that are done.
+
+    Raises:
+        UserError: If the study does not exist or has no finished run.
+    """
+    if not (study / "runs").is_dir():
+        others = sorted(path.parent.name for path in study.parent.glob("*/runs")) if study.parent.is_dir() else []
+        known = f"studies there: {', '.join(others)}" if others else "there is no study there yet"
+        raise UserError(f"study={study.name}: no runs under {study}; {known}; train one with scripts/train.py study={study.name}")
+    runs = list(iterate_runs(study))
+    done = [run for run in runs if run.status().get("state") == "done"]
+    if not done:
+        states = [str(run.status().get("state")) for run in runs]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))) or "it has no run"
+        raise UserError(f"study={study.name}: no finished run under {study} ({counts}); train one first")
+    return done
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN and infinity are refused."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays to a compressed ``.npz`` atomically; object arrays are refused."""
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise TypeError(f"array {name!r} holds Python objects")
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_arrays_file(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an ``.npz`` that ``save_arrays`` wrote; ``UserError`` if it is not whole."""
+    import zipfile
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a whole array file ({error}); delete it and evaluate the study again") from None
+
+

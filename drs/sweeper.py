@@ -1,0 +1,72 @@
+"""A Hydra sweeper over a union of grids, as an experiment needs it, with one table at the end.
+
+Hydra's own sweeper takes one Cartesian product. A study has several: CIFAR-10 goes with another model than MNIST,
+and cross-entropy has no weight. ``grid`` in an experiment file is a list of products; each is a mapping from an
+override key to a value or to values separated by commas. Overrides on the command line win over the grid's.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import ListConfig, OmegaConf
+
+from drs.config import PROJECT_ROOT, TrainConfig, train_config
+from drs.errors import UserError
+
+
+def register_plugins() -> None:
+    """Tell Hydra of the sweeper and of the resolver that starts a sweep where a config has a grid."""
+    plugins = str(Path(__file__).parent / "plugins")
+    if plugins not in sys.path:
+        # Hydra takes plugins from the namespace package hydra_plugins alone.
+        sys.path.append(plugins)
+    ConfigStore.instance().store(
+        group="hydra/sweeper",
+        name="grid",
+        node={"_target_": "hydra_plugins.drs_grid_sweeper.GridSweeper", "max_batch_size": None, "grid": "${grid}"},
+    )
+    OmegaConf.register_new_resolver("drs.mode", _mode, replace=True)
+
+
+def _mode(grid: ListConfig | None) -> RunMode | None:
+    return RunMode.MULTIRUN if grid else None
+
+
+def expand_grid(grid: Sequence[dict[str, Any]], arguments: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each job: the union of the grid's products, each narrowed by ``arguments``.
+
+    Args:
+        grid: Mappings from an override key to a value, or to several in Hydra's sweep syntax; an empty grid is one
+            product of nothing, so that the arguments alone decide.
+        arguments: Overrides of the command line, which replace a product's own value of the same key.
+    """
+    parser = OverridesParser.create()
+    jobs: list[list[str]] = []
+    for product in grid or [{}]:
+        overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in product.items()), *arguments])
+        jobs += [job for job in BasicSweeper.split_arguments(overrides, None)[0] if job not in jobs]
+    return jobs
+
+
+def grid_jobs(experiment: str, *arguments: str) -> list[tuple[list[str], TrainConfig]]:
+    """Return overrides and config of every training of an experiment, in the order in which a sweep takes them.
+
+    Raises:
+        UserError: For an experiment that does not exist or a config that does not fit the schema.
+    """
+    known = sorted(path.stem for path in (PROJECT_ROOT / "configs" / "experiment").glob("*.yaml"))
+    if experiment not in known:
+        raise UserError(f"experiment={experiment}: unknown; it is one of {', '.join(known)}")
+    register_plugins()
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        base = [f"experiment={experiment}", *arguments]
+        grid = OmegaConf.to_container(compose("train", base).grid)
+        jobs = expand_grid(grid, base)  # type: ignore[arg-type]
+        return [(job, train_config(compose("train", job))) for job in jobs]

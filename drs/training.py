@@ -1,0 +1,308 @@
+"""One training, from a typed config to a finished run folder."""
+
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from drs.config import DataConfig, OptimConfig, TrainConfig, identity, loss_weight, project_path, run_id
+from drs.data import LabelledImages, iterate_batches, load_training_split
+from drs.device import choose_device
+from drs.errors import DivergedError, UserError
+from drs.losses import ClassificationLoss, build_loss
+from drs.runs import build_model_of, run_folder
+from drs.tracking import open_tracker
+
+CHECK_EVERY = {"cpu": 1}
+"""After how many steps the loss is looked at; on an accelerator each look waits for the device."""
+CHECK_EVERY_DEFAULT = 25
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What became of one training: ``state`` is done, skipped or failed; ``detail`` says why in one line."""
+
+    run_id: str
+    state: str
+    detail: str
+    folder: str
+
+
+def train(config: TrainConfig) -> TrainingResult:
+    """Train the model that a config describes, unless its run is already done.
+
+    A loss that is not finite stops the training; the run is recorded as failed with its epoch.
+
+    Raises:
+        UserError: For data, a device or a batch size that cannot be used.
+    """
+    folder = run_folder(config)
+    status = folder.status()
+    if status.get("state") == "done":
+        return TrainingResult(folder.run_id, "skipped", "already done", str(folder.path))
+    device = choose_device(config.device)
+    training, validation = load_split(config.data, device)
+    if len(training) < config.batch_size:
+        raise UserError(f"batch_size={config.batch_size}: must be at most the {len(training)} training samples")
+    started = time.time()
+    folder.write_config(config)
+    folder.write_status(state="running", started=started)
+    tracker = open_tracker(config.tracking, config.study, folder.run_id, identity(config), folder.path)
+    try:
+        model, rows = fit(config, training, validation, device, progress=config.progress, on_epoch=tracker.log)
+    except DivergedError as error:
+        folder.write_status(
+            state="failed", reason="diverged", epoch=error.epoch, step=error.step, started=started, detail=str(error)
+        )
+        return TrainingResult(folder.run_id, "failed", f"diverged: {error}", str(folder.path))
+    finally:
+        tracker.finish()
+    seconds = sum(row["seconds"] for row in rows)
+    folder.write_metrics(rows)
+    folder.save_weights(model, config.model.name)
+    folder.write_status(
+        state="done", started=started, finished=time.time(), train_seconds=seconds, epochs=config.epochs,
+        device=device.type, torch=torch.__version__, val_accuracy=rows[-1]["val_accuracy"],
+    )  # fmt: skip
+    return TrainingResult(folder.run_id, "done", f"{seconds:.1f} s", str(folder.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_split(
+    name: str, validation: int, train_samples: int | None, root: str | None, cache: str, device: torch.device
+) -> tuple[LabelledImages, LabelledImages]:
+    training, held_out = load_training_split(
+        name, validation=validation, train_samples=train_samples, root=root, cache=cache, device=device
+    )
+    return training, held_out
+
+
+def load_split(config: DataConfig, device: torch.device) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training and validation images of a data config; a sweep loads the same data once."""
+    return _cached_split(
+        config.name, config.validation, config.train_samples, config.root, str(project_path(config.cache)), device
+    )
+
+
+def fit(
+    config: TrainConfig,
+    training: LabelledImages,
+    validation: LabelledImages,
+    device: torch.device,
+    *,
+    progress: bool = False,
+    on_epoch: Callable[[dict[str, float], int], None] | None = None,
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train and return the model in eval mode and a row of metrics per epoch.
+
+    The seed decides initialisation, order, augmentation and input noise; on a CPU with the same number of threads
+    the result repeats bit for bit. Sets the global seed of torch.
+
+    Raises:
+        DivergedError: At the first loss that is not finite.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model_of(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    options = {key: value for key, value in asdict(config.loss).items() if key != "name"}
+    loss = build_loss(config.loss.name, **options)
+    loss.validate = device.type == "cpu"
+    steps = len(training) // config.batch_size
+    optimizers = [build_optimizer(model, config.optim) for _ in range(loss.phases)]
+    schedules = [build_schedule(optimizer, config.optim, steps * config.epochs) for optimizer in optimizers]
+    forward = torch.compile(model) if config.compile else model
+    order = torch.Generator().manual_seed(config.seed)
+    noise = torch.Generator(device).manual_seed(config.seed)
+    rows = []
+    with _ProgressBar(config, steps, enabled=progress) as bar:
+        for epoch in range(1, config.epochs + 1):
+            began = time.perf_counter()
+            model.train()
+            guard = _FiniteLoss(epoch, steps, device)
+            correct = torch.zeros((), device=device)
+            batches = iterate_batches(
+                training, config.batch_size, generator=order, augment=config.data.augment,
+                padding=config.data.padding, drop_last=True,
+            )  # fmt: skip
+            for images, labels in batches:
+                if loss.noise_std:
+                    images = images + loss.noise_std * torch.randn(images.shape, generator=noise, device=device)
+                images = images.contiguous(memory_format=torch.channels_last)
+                value, logits = _step(forward, loss, optimizers, schedules, images, labels, config.precision)
+                guard.record(value)
+                correct += (logits.argmax(dim=1) == labels).sum()
+                bar.step(epoch, guard)
+            guard.check()
+            seen = steps * config.batch_size
+            val_loss, val_accuracy = measure(model, validation, config.precision)
+            row = {
+                "epoch": epoch,
+                "train_loss": guard.mean(),
+                "train_accuracy": float(correct) / seen,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "learning_rate": float(optimizers[0].param_groups[0]["lr"]),
+                "seconds": time.perf_counter() - began,
+            }
+            rows.append(row)
+            bar.epoch(row)
+            if on_epoch is not None:
+                on_epoch(row, epoch)
+    return model.eval(), rows
+
+
+def _step(
+    forward: Callable[[Tensor], Tensor],
+    loss: ClassificationLoss,
+    optimizers: list[Optimizer],
+    schedules: list[LRScheduler],
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Take one optimisation step per phase of the loss; return the first phase's loss and logits."""
+    first: tuple[Tensor, Tensor] | None = None
+    for phase, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
+        with autocast(images.device, precision):
+            logits = forward(images)
+        value = loss(logits, labels, phase)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        if first is None:
+            first = value.detach(), logits.detach()
+    assert first is not None
+    return first
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the autocast context of a precision, ``float32`` or ``bfloat16``."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Build SGD, Adam or AdamW over all parameters."""
+    parameters = list(model.parameters())
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    betas = (config.beta1, config.beta2)
+    return kind(parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay)
+
+
+def build_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LRScheduler:
+    """Build the learning-rate schedule: constant, cosine to 0, or one linear cycle from 0 to the peak to 0."""
+
+    def factor(step: int) -> float:
+        if config.schedule == "constant":
+            return 1.0
+        if config.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0)))
+        peak = config.warmup * total_steps
+        position = step + 1
+        return position / peak if position < peak else max(0.0, (total_steps - step) / (total_steps - peak + 1))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, data: LabelledImages, precision: str = "float32") -> tuple[float, float]:
+    """Return mean cross-entropy and accuracy in eval mode (NaN for both where ``data`` is empty)."""
+    if not len(data):
+        return math.nan, math.nan
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for indices in torch.arange(len(data)).split(1000):
+        images = data.pixels(indices).contiguous(memory_format=torch.channels_last)
+        labels = data.labels[indices.to(data.labels.device)]
+        with autocast(images.device, precision):
+            logits = model(images)
+        total[0] += float(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+        total[1] += float((logits.argmax(dim=1) == labels).sum())
+    mean_loss, accuracy = (total / len(data)).tolist()
+    return mean_loss, accuracy
+
+
+class _FiniteLoss:
+    """The losses of one epoch, kept on the device and looked at every so often."""
+
+    def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
+        self.epoch = epoch
+        self.values = torch.zeros(steps, device=device)
+        self.count = 0
+        self.every = CHECK_EVERY.get(device.type, CHECK_EVERY_DEFAULT)
+
+    def record(self, value: Tensor) -> None:
+        self.values[self.count] = value
+        self.count += 1
+        if self.count % self.every == 0:
+            self.check()
+
+    def check(self) -> None:
+        start = max(0, self.count - self.every)
+        recent = self.values[start : self.count]
+        finite = torch.isfinite(recent)
+        if not bool(finite.all()):
+            step = int((~finite).nonzero()[0, 0])
+            raise DivergedError(self.epoch, start + step + 1, float(recent[step]))
+
+    def mean(self) -> float:
+        return float(self.values[: self.count].double().mean())
+
+    def latest(self) -> float:
+        return float(self.values[self.count - 1])
+
+
+class _ProgressBar:
+    """Loss, accuracy and time left; a bar in a terminal, one line at the end elsewhere."""
+
+    def __init__(self, config: TrainConfig, steps: int, *, enabled: bool) -> None:
+        weight = f" b={loss_weight(config.loss):g}" if loss_weight(config.loss) else ""
+        self.title = f"{config.data.name} {config.model.name} {config.loss.name}{weight} seed {config.seed}"
+        self.enabled = enabled
+        self.terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps * config.epochs, desc=self.title, leave=False, disable=not self.terminal, mininterval=0.2,
+            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+        )  # fmt: skip
+        self.run_id = run_id(config)
+        self.epochs = config.epochs
+        self.accuracy = ""
+
+    def __enter__(self) -> "_ProgressBar":
+        return self
+
+    def step(self, epoch: int, guard: _FiniteLoss) -> None:
+        if self.terminal:
+            if guard.count % CHECK_EVERY_DEFAULT == 0:
+                self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs} loss {guard.latest():.3f}{self.accuracy}", refresh=False)
+            self.bar.update()
+
+    def epoch(self, row: dict[str, float]) -> None:
+        self.accuracy = f" val acc {row['val_accuracy']:.1%}"
+        self.last = row
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.enabled and hasattr(self, "last"):
+            row = self.last
+            print(
+                f"{self.title}: epoch {int(row['epoch'])}/{self.epochs}, loss {row['train_loss']:.4f}, "
+                f"train accuracy {row['train_accuracy']:.2%}, validation accuracy {row['val_accuracy']:.2%} ({self.run_id})",
+                flush=True,
+            )
+
+

@@ -1,0 +1,32 @@
+"""Train one model, or with -m or an experiment a whole grid of them.
+
+python scripts/train.py data=mnist model=lenet loss=dr_softmax loss.weight=0.005 seed=0 study=NAME
+python scripts/train.py experiment=smoke
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from drs.config import train_config  # noqa: E402
+from drs.entrypoint import report_mistakes, run_entrypoint  # noqa: E402
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train")
+@report_mistakes
+def main(config: DictConfig) -> object:
+    """Train the model that the config describes."""
+    typed = train_config(config)
+    from drs.training import train  # torch is not needed to refuse a config
+
+    result = train(typed)
+    print(f"{result.state}: run {result.run_id} ({result.detail}) in {result.folder}", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    run_entrypoint(main)
