@@ -70,7 +70,7 @@ def usable_models(models: pd.DataFrame) -> pd.DataFrame:
 
 def group_models(models: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Yield data, model and rows of every pair of a dataset and an architecture, in order of appearance."""
-    for (data, model), rows in models.groupby(["data", "model"], sort=False):
+    for (data, model), rows in models.groupby(["data", "model"], sort=False, dropna=False):
         yield str(data), str(model), rows
 
 
@@ -284,7 +284,7 @@ def correlate_settings(
         return Correlation(0, *[float("nan")] * 5)
     pair = [statistic, accuracy]
     rows = rows.assign(**{column: _values(rows, [column])[:, 0] for column in pair}).dropna(subset=pair)
-    means = rows.groupby(["loss", "loss_weight"])[pair].mean()
+    means = rows.groupby(["loss", "loss_weight"], dropna=False)[pair].mean()
     n = len(means)
     if n < 3:
         return Correlation(n, *[float("nan")] * 5)

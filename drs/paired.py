@@ -42,9 +42,10 @@ def paired_difference_table(models: pd.DataFrame) -> pd.DataFrame:
     columns = list(names.values())
     rows: list[dict[str, object]] = []
     for data, model, group in group_models(usable_models(models)):
-        means = group.groupby(["loss", "loss_weight", "seed"])[columns].mean().replace([np.inf, -np.inf], np.nan)
+        means = group.groupby(["loss", "loss_weight", "seed"], dropna=False)[columns].mean()
+        means = means.replace([np.inf, -np.inf], np.nan)
         baseline = means[means.index.get_level_values("loss") == BASELINE].groupby("seed").mean()
-        for (loss, weight), own in means.groupby(["loss", "loss_weight"]):
+        for (loss, weight), own in means.groupby(["loss", "loss_weight"], dropna=False):
             if loss == BASELINE:
                 continue
             own = own.droplevel(["loss", "loss_weight"])

@@ -50,6 +50,9 @@ def train(config: TrainConfig) -> TrainingResult:
     status = folder.status()
     if status.get("state") == "done":
         return TrainingResult(folder.run_id, "skipped", "already done", str(folder.path))
+    if status.get("reason") == "diverged":
+        # The same seed would diverge again: this is the run's result, not an accident.
+        return TrainingResult(folder.run_id, "failed", f"diverged before: {status.get('detail')}", str(folder.path))
     device = choose_device(config.device)
     training, validation = load_split(config.data, device)
     if len(training) < config.batch_size:

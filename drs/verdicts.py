@@ -70,13 +70,14 @@ it passes, so reading several needs no further correction.
   whole table is below {ALPHA:g}. Over the DR-softmax models alone, the sign is the same and the permutation p is below
   {ALPHA:g}; else a cluster of other models beside a cluster of DR-softmax models would be enough. Over the settings, a
   point per loss and weight that averages its seeds, the sign is the same and the permutation p is below {ALPHA:g};
-  seeds of one setting are replicates, and without this check a chance difference between settings, repeated at every seed,
-  would be enough.
+  seeds of one setting are replicates, and without this check a chance difference between settings, repeated at every
+  seed, would be enough.
   - *{SUPPORTED}*: weak attacks and worst cases pass, and the strong attacks were run.
   - *{WEAK_ONLY}*: otherwise, if the weak attacks pass.
-  - *{NOT_SUPPORTED}*: neither set passes, and the interval for PGD lies within ±{MEANINGFUL_CORRELATION:g}; or PGD
-    passes over the models, but over at least {MIN_MODELS} DR-softmax models of at least {MIN_SETTINGS} weights the
-    interval ends before {MEANINGFUL_CORRELATION:g} in that direction.
+  - *{NOT_SUPPORTED}*: neither set passes, and for PGD the interval over the models and the coefficient over the
+    settings lie within ±{MEANINGFUL_CORRELATION:g}; or PGD passes over the models, but over at least {MIN_MODELS}
+    DR-softmax models of at least {MIN_SETTINGS} weights the interval ends before {MEANINGFUL_CORRELATION:g} in that
+    direction.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
 - **C2. {STATEMENTS["C2"]}** Difference in robust accuracy between DR-softmax at weight {PRIMARY_WEIGHT:g} (the
   authors' first published value) and cross-entropy, paired by seed. An attack passes if the t interval lies above 0,
@@ -92,7 +93,8 @@ it passes, so reading several needs no further correction.
 - **C4. {STATEMENTS["C4"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with clean accuracy, with
   one-sided permutation p-values against a positive one, over the models and over the settings.
   - *{NOT_SUPPORTED}*: both p-values are below {ALPHA:g}.
-  - *{SUPPORTED}*: neither is, and the interval over the models ends below {MEANINGFUL_CORRELATION:g}.
+  - *{SUPPORTED}*: neither is, and both the interval over the models and the coefficient over the settings end below
+    {MEANINGFUL_CORRELATION:g}.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
 
 Over all groups the verdict is the least favourable that any group came to, from *{SUPPORTED}* over *{WEAK_ONLY}* to
@@ -181,7 +183,8 @@ def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -
         return Decision(WEAK_ONLY, f"holds for {_names(WEAK_ATTACKS)}; " + (failures if strong_suite else _NOT_STRONG))
     if worst:
         return Decision(INCONCLUSIVE, f"holds for both worst cases but fails for {failures}")
-    if max(-pgd.models.ci_low, pgd.models.ci_high) < MEANINGFUL_CORRELATION:
+    largest = max(-pgd.models.ci_low, pgd.models.ci_high)
+    if largest < MEANINGFUL_CORRELATION and abs(pgd.settings.coefficient) < MEANINGFUL_CORRELATION:
         return Decision(NOT_SUPPORTED, f"the interval for PGD lies within ±{MEANINGFUL_CORRELATION:g}")
     limit = pgd.alone.ci_high if pgd.models.coefficient > 0 else -pgd.alone.ci_low
     enough = pgd.alone.n >= MIN_MODELS and pgd.alone_settings >= MIN_SETTINGS
@@ -241,7 +244,7 @@ def decide_clean(models: Correlation, settings: Correlation) -> Decision:
     significant = models.p_greater < ALPHA, settings.p_greater < ALPHA
     if all(significant):
         return Decision(NOT_SUPPORTED, "the correlation is significantly positive")
-    if not any(significant) and models.ci_high < MEANINGFUL_CORRELATION:
+    if not any(significant) and max(models.ci_high, settings.coefficient) < MEANINGFUL_CORRELATION:
         return Decision(
             SUPPORTED, f"not significantly positive, and the interval ends below {MEANINGFUL_CORRELATION:g}"
         )

@@ -1,0 +1,215 @@
+"""What the claims table reads of one dataset and architecture: the figures of each claim, and the words for them."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from drs import evidence
+from drs.correlation import Correlation, correlate, correlate_settings, usable_models
+from drs.paired import BASELINE
+from drs.verdicts import (
+    DECISIVE_WEAK,
+    DECISIVE_WORST,
+    INCONCLUSIVE,
+    NAMES,
+    PRIMARY_LOSS,
+    PRIMARY_STATISTIC,
+    PRIMARY_WEIGHT,
+    WEAK_ATTACKS,
+    WORST_CASES,
+    Decision,
+    Difference,
+    Reading,
+    decide_clean,
+    decide_correlation,
+    decide_robustness,
+    decide_time,
+)
+
+_STATISTIC = f"stat.{PRIMARY_STATISTIC}"
+_NAN = float("nan")
+
+
+class Group(NamedTuple):
+    """One dataset and architecture: its rows of every table, and whether the worst case contains the strong suite."""
+
+    models: pd.DataFrame  # without those excluded
+    correlations: pd.DataFrame
+    differences: pd.DataFrame
+    timing: pd.DataFrame
+    landing: pd.DataFrame
+    strong_suite: bool
+
+
+class Finding(NamedTuple):
+    """A decision with its effect, 95 % interval, n, and further sentences of evidence."""
+
+    decision: Decision
+    effect: float = _NAN
+    ci_low: float = _NAN
+    ci_high: float = _NAN
+    n: int = 0
+    details: tuple[str, ...] = ()
+
+
+def select(table: pd.DataFrame, **conditions: object) -> pd.DataFrame:
+    """Return the rows that meet every condition; none where a column is missing."""
+    for column, value in conditions.items():
+        if column not in table:
+            return table.iloc[:0]
+        match = np.isclose(table[column].astype(float), value) if isinstance(value, float) else table[column] == value
+        table = table[np.asarray(match, dtype=bool)]
+    return table
+
+
+def _setting(table: pd.DataFrame) -> pd.DataFrame:
+    return select(table, loss=PRIMARY_LOSS, loss_weight=PRIMARY_WEIGHT)
+
+
+def spearman(correlations: pd.DataFrame, attack: str, statistic: str = PRIMARY_STATISTIC) -> pd.Series | None:
+    """Return the row of Spearman's coefficient, if the table has one."""
+    rows = select(correlations, statistic=statistic, attack=attack, method="spearman")
+    return None if rows.empty else rows.iloc[0]
+
+
+def as_correlation(row: pd.Series, p_greater: float = _NAN) -> Correlation:
+    """Read a row of correlations.csv."""
+    coefficient, low, high, p = (float(row[name]) for name in ("coefficient", "ci_low", "ci_high", "p_value"))
+    return Correlation(int(row["n_models"]), coefficient, low, high, p, p_greater)
+
+
+def _reading(group: Group, attack: str) -> Reading | None:
+    row = spearman(group.correlations, attack)
+    if row is None:
+        return None
+    column = f"acc.{attack}"
+    alone = select(group.models, loss=PRIMARY_LOSS)
+    complete = alone.reindex(columns=["loss_weight", _STATISTIC, column]).dropna()
+    return Reading(
+        models=as_correlation(row),
+        q_value=float(row["q_value"]),
+        alone=correlate(alone, _STATISTIC, column),
+        alone_settings=complete["loss_weight"].nunique(),
+        settings=correlate_settings(group.models, _STATISTIC, column),
+    )
+
+
+def _landing(landing: pd.DataFrame) -> str:
+    rows = usable_models(select(landing, attack="pgd"))
+    needed = ["runner_up_rate", "chance", "matrix_correlation"]
+    if rows.empty or not set(needed) <= set(rows.columns):
+        return "where attacks land was not measured"
+    rate, chance, matrix = (float(rows[name].astype(float).median()) for name in needed)
+    return (
+        f"under PGD {evidence.number(100 * rate, 0)} % of the flips go to the runner-up class (chance "
+        f"{evidence.number(100 * chance, 0)} %), and class-mean softmax and confusion correlate by "
+        f"{evidence.number(matrix)} (medians over {len(rows)} cells of model and epsilon)"
+    )
+
+
+def _correlation_claim(group: Group) -> Finding:
+    candidates = {attack: _reading(group, attack) for attack in (*WEAK_ATTACKS, *WORST_CASES)}
+    readings = {attack: reading for attack, reading in candidates.items() if reading is not None}
+    decision = decide_correlation(readings, strong_suite=group.strong_suite)
+    landing = _landing(group.landing)
+    if not readings:
+        return Finding(decision, n=len(group.models), details=(landing,))
+
+    def listed(part: Callable[[Reading], str]) -> str:
+        return ", ".join(f"{NAMES[attack]} {part(reading)}" for attack, reading in readings.items())
+
+    first = next(iter(readings.values()))
+    details = (
+        f"Spearman's coefficient over {first.models.n} models: "
+        + listed(lambda r: f"{evidence.coefficient(r.models)} (q {evidence.probability(r.q_value)})"),
+        f"over the {first.alone.n} DR-softmax models alone: " + listed(lambda r: evidence.coefficient_with_p(r.alone)),
+        f"over the {first.settings.n} settings, seeds averaged: "
+        + listed(lambda r: evidence.coefficient_with_p(r.settings)),
+        landing,
+    )
+    effect = readings.get(DECISIVE_WORST if group.strong_suite else DECISIVE_WEAK)
+    if effect is None:
+        return Finding(decision, n=first.models.n, details=details)
+    shown = effect.models
+    return Finding(decision, shown.coefficient, shown.ci_low, shown.ci_high, shown.n, details)
+
+
+def _robustness_claim(group: Group) -> Finding:
+    rows = _setting(group.differences)
+    if select(group.models, loss=BASELINE).empty:
+        return Finding(Decision(INCONCLUSIVE, "no usable model with cross-entropy"))
+    if _setting(group.models).empty:
+        return Finding(Decision(INCONCLUSIVE, f"no usable model with DR-softmax at weight {PRIMARY_WEIGHT:g}"))
+    if rows.empty:
+        return Finding(Decision(INCONCLUSIVE, "no seed in common with cross-entropy"))
+    found = {
+        str(row["attack"]): Difference(
+            int(row["n_pairs"]), *(float(row[name]) for name in ("difference", "ci_low", "ci_high"))
+        )
+        for row in rows.to_dict("records")
+    }
+    decision = decide_robustness(found, strong_suite=group.strong_suite)
+
+    def gain(attack: str) -> str:
+        if attack not in found:
+            return f"{NAMES[attack]} not measured"
+        return f"{NAMES[attack]} {evidence.with_interval(*found[attack][1:], digits=1, scale=100, sign=True)}"
+
+    norm = "not measured"
+    if "norm.cw" in found:
+        norm = f"{evidence.with_interval(*found['norm.cw'][1:], digits=3, sign=True)} pixel units"
+    shown = found.get(DECISIVE_WORST if group.strong_suite else DECISIVE_WEAK)
+    n = shown.n if shown else max(difference.n for difference in found.values())
+    listed = ", ".join(gain(attack) for attack in (*WEAK_ATTACKS, *WORST_CASES, "cw@mean", "clean"))
+    details = (
+        f"change in points of accuracy over {n} pairs of seeds: {listed}",
+        f"change in the median minimal L2 norm (CW): {norm}",
+    )
+    return Finding(decision, *(shown[1:] if shown else (_NAN, _NAN, _NAN)), n, details)
+
+
+def _time_claim(group: Group) -> Finding:
+    rows = select(_setting(group.timing), baseline=BASELINE).dropna(subset="ratio")
+    if rows.empty:
+        return Finding(Decision(INCONCLUSIVE, f"no training step was timed at weight {PRIMARY_WEIGHT:g}"))
+    row = rows.sort_values("ratio").iloc[-1]
+    slowest = f", the slowest of {len(rows)} measurements" if len(rows) > 1 else ""
+    details = (
+        f"{float(row['loss_ms']):.2f} ms a training step against {float(row['baseline_ms']):.2f} ms, batches of "
+        f"{int(row['batch_size'])}, {int(row['n_pairs'])} interleaved pairs on {row['device']}{slowest}",
+    )
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    return Finding(decide_time(low, high), float(row["ratio"]), low, high, int(row["n_pairs"]), details)
+
+
+def _clean_claim(group: Group) -> Finding:
+    row = spearman(group.correlations, "clean")
+    if row is None:
+        return Finding(Decision(INCONCLUSIVE, "no coefficient with clean accuracy"), n=len(group.models))
+    models = as_correlation(row, correlate(group.models, _STATISTIC, "clean_accuracy").p_greater)
+    settings = correlate_settings(group.models, _STATISTIC, "clean_accuracy")
+    others = []
+    for name in ("nonlabel_cv", "nonlabel_entropy"):
+        other = spearman(group.correlations, "clean", name)
+        others.append(f"{name} {evidence.coefficient(None if other is None else as_correlation(other))}")
+    over_settings = "no coefficient" if math.isnan(settings.coefficient) else evidence.number(settings.coefficient)
+    details = (
+        f"Spearman's coefficient over {models.n} models: {evidence.coefficient(models)}, one-sided p "
+        f"{evidence.probability(models.p_greater)}",
+        f"over the {settings.n} settings, seeds averaged: {over_settings}, one-sided p "
+        f"{evidence.probability(settings.p_greater)}",
+        f"other readings of stochasticity: {others[0]}; {others[1]} (high where the distribution is even)",
+    )
+    return Finding(decide_clean(models, settings), models.coefficient, models.ci_low, models.ci_high, models.n, details)
+
+
+# Claim -> what one group says about it.
+CLAIMS: dict[str, Callable[[Group], Finding]] = {
+    "C1": _correlation_claim,
+    "C2": _robustness_claim,
+    "C3": _time_claim,
+    "C4": _clean_claim,
+}

@@ -1,0 +1,90 @@
+"""Where a study's numbers come from: commit, versions, hardware, time, data and attack settings."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drs.attack_config import suite_epsilons, suite_samples
+from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, project_path
+from drs.data_sources import DATASETS, array_digest, read_cache
+
+PACKAGES = ("torch", "torchvision", "torchattacks", "foolbox", "numpy", "scipy", "pandas", "hydra-core")
+
+
+def describe_study(
+    config: EvaluateConfig, trained: list[TrainConfig], train_seconds: float, attack_seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Return the content of ``provenance.json``."""
+    names = sorted({item.data.name for item in trained})
+    cache = {item.data.name: project_path(item.data.cache) for item in trained}
+    suite = config.suite
+    norms = sorted({attack.norm for attack in suite.attacks.values()})
+    return {
+        "study": config.study,
+        "suites": [suite.name],
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "hardware": hardware(device),
+        "wall_seconds": {"train": round(train_seconds, 1), "attack": round(attack_seconds, 1)},
+        "data": {name: _digests(name, cache[name]) for name in names},
+        "attacks": {name: asdict(attack) for name, attack in suite.attacks.items()},
+        "epsilons": {
+            name: {norm: [epsilon.label for epsilon in suite_epsilons(suite, name, norm)] for norm in norms} for name in names
+        },
+        "n_attacked": {name: suite_samples(suite, name) for name in names},
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Return processor, cores, memory and GPU of this machine."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30, 1),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _digests(name: str, cache: Path) -> dict[str, Any]:
+    spec, result = DATASETS[name], {}
+    for split in ("train", "test"):
+        known = spec.sha256.get(split)
+        if known is None:
+            arrays = read_cache(spec, split, cache)
+            known = (array_digest(arrays[0]), array_digest(arrays[1])) if arrays else ("", "")
+        result[split] = {"images": known[0], "labels": known[1]}
+    return result

@@ -1,0 +1,41 @@
+"""Attack every finished run of a study, then write its tables, figures and REPORT.md.
+
+python scripts/evaluate.py study=NAME suite=paper
+python scripts/evaluate.py experiment=smoke
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from drs.config import evaluate_config
+from drs.entrypoint import report_mistakes, run_entrypoint
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
+@report_mistakes
+def main(config: DictConfig) -> None:
+    """Evaluate the study that the config names."""
+    typed = evaluate_config(config)
+    # Imported late: torch is not needed to refuse a config.
+    from drs.evaluation import evaluate_study
+    from drs.report import draw_figures, write_report
+    from drs.study import is_current, mark_current, write_study
+
+    evaluation = evaluate_study(typed)
+    if is_current(evaluation, typed):
+        print(f"nothing has changed; the report is {evaluation.folder / 'REPORT.md'}")
+        return
+    write_study(evaluation, typed)
+    figures = draw_figures(evaluation.folder)
+    report = write_report(evaluation.folder)
+    mark_current(evaluation, typed)
+    print(f"{len(figures)} figure files in {evaluation.folder / 'figures'}; report: {report}")
+
+
+if __name__ == "__main__":
+    run_entrypoint(main)
