@@ -172,7 +172,8 @@ def _robustness_claim(group: Group) -> Finding:
 
 
 def _time_claim(group: Group) -> Finding:
-    rows = select(_setting(group.timing), baseline=BASELINE).dropna(subset="ratio")
+    rows = select(_setting(group.timing), baseline=BASELINE)
+    rows = rows if rows.empty else rows.dropna(subset="ratio")
     if rows.empty:
         return Finding(Decision(INCONCLUSIVE, f"no training step was timed at weight {PRIMARY_WEIGHT:g}"))
     row = rows.sort_values("ratio").iloc[-1]

@@ -43,21 +43,21 @@ def paired_difference_table(models: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     for data, model, group in group_models(usable_models(models)):
         means = group.groupby(["loss", "loss_weight", "seed"], dropna=False)[columns].mean()
-        means = means.replace([np.inf, -np.inf], np.nan)
         baseline = means[means.index.get_level_values("loss") == BASELINE].groupby("seed").mean()
         for (loss, weight), own in means.groupby(["loss", "loss_weight"], dropna=False):
             if loss == BASELINE:
                 continue
-            own = own.droplevel(["loss", "loss_weight"])
+            own, other = own.droplevel(["loss", "loss_weight"]).align(baseline, join="inner", axis=0)
             for attack, column in names.items():
-                pairs = pd.concat({"own": own[column], "baseline": baseline[column]}, axis=1, join="inner").dropna()
-                if pairs.empty:
+                values = np.column_stack([own[column], other[column]]).astype(float)
+                values = values[np.isfinite(values).all(axis=1)]
+                if not len(values):
                     continue
-                difference = (pairs["own"] - pairs["baseline"]).to_numpy(dtype=float)
+                difference = values[:, 0] - values[:, 1]
                 sd, low, high = mean_interval(difference)
                 rows.append({
                     "data": data, "model": model, "loss": loss, "loss_weight": weight, "attack": attack,
-                    "n_pairs": len(pairs), "baseline_mean": pairs["baseline"].mean(), "loss_mean": pairs["own"].mean(),
+                    "n_pairs": len(values), "baseline_mean": values[:, 1].mean(), "loss_mean": values[:, 0].mean(),
                     "difference": difference.mean(), "sd": sd, "ci_low": low, "ci_high": high,
                 })  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -53,7 +53,8 @@ _NOT_STRONG = "the strong attacks were not run, so no better verdict was possibl
 
 
 def _names(attacks: Sequence[str]) -> str:
-    return " and ".join(NAMES[attack] for attack in attacks)
+    names = [NAMES[attack] for attack in attacks]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 _SMALL = f"fewer than {MIN_MODELS} models or {MIN_SETTINGS} settings"
@@ -145,14 +146,23 @@ def _passes_over_models(reading: Reading) -> bool:
 def _failed_check(reading: Reading | None) -> str:
     """Name the first check that the coefficient of an attack fails, or nothing."""
     if reading is None or math.isnan(reading.models.coefficient):
-        return "no coefficient"
+        return "(no coefficient)"
     if not _passes_over_models(reading):
-        return "not over all models"
+        return "over all models"
     sign = math.copysign(1, reading.models.coefficient)
     for name, part in (("DR-softmax models alone", reading.alone), ("settings", reading.settings)):
         if not (sign * part.coefficient > 0 and part.p_value < ALPHA):
-            return f"not over the {name}"
+            return f"over the {name}"
     return ""
+
+
+def _failures(failed: Mapping[str, str]) -> str:
+    """Say what fails for which attacks: ``not shown over all models for FGSM and PGD; ...``."""
+    checks = dict.fromkeys(check for check in failed.values() if check)
+    return "; ".join(
+        f"not shown {check} for {_names([attack for attack, own in failed.items() if own == check])}"
+        for check in checks
+    )
 
 
 def _too_few(n_models: int, n_settings: int) -> str:
@@ -174,7 +184,7 @@ def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -
     if math.isnan(pgd.models.coefficient):
         return Decision(INCONCLUSIVE, "no coefficient for PGD: a column is constant")
     failed = {attack: _failed_check(readings.get(attack)) for attack in (*WEAK_ATTACKS, *WORST_CASES)}
-    failures = "; ".join(f"{NAMES[attack]}: {check}" for attack, check in failed.items() if check)
+    failures = _failures(failed)
     weak = not any(failed[attack] for attack in WEAK_ATTACKS)
     worst = not any(failed[attack] for attack in WORST_CASES)
     if weak and worst and strong_suite:
@@ -182,7 +192,7 @@ def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -
     if weak:
         return Decision(WEAK_ONLY, f"holds for {_names(WEAK_ATTACKS)}; " + (failures if strong_suite else _NOT_STRONG))
     if worst:
-        return Decision(INCONCLUSIVE, f"holds for both worst cases but fails for {failures}")
+        return Decision(INCONCLUSIVE, f"holds for both worst cases, but {failures}")
     largest = max(-pgd.models.ci_low, pgd.models.ci_high)
     if largest < MEANINGFUL_CORRELATION and abs(pgd.settings.coefficient) < MEANINGFUL_CORRELATION:
         return Decision(NOT_SUPPORTED, f"the interval for PGD lies within ±{MEANINGFUL_CORRELATION:g}")
@@ -194,7 +204,7 @@ def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -
             "over all models PGD passes, but among the DR-softmax models alone no meaningful coefficient of that sign "
             "is left: the difference between losses makes it",
         )
-    return Decision(INCONCLUSIVE, f"neither shown nor ruled out ({failures})")
+    return Decision(INCONCLUSIVE, f"{failures}; and not ruled out")
 
 
 def decide_robustness(differences: Mapping[str, Difference], *, strong_suite: bool) -> Decision:
