@@ -1,5 +1,7 @@
 # Every target that runs Python makes .venv first where it is missing or out of date: any works in a fresh clone.
 PYTHON ?= python3
+# How many tests run at a time, each on one thread.
+WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -24,8 +26,8 @@ reproduce: setup  ## the whole study: laptop without a GPU, mnist and cifar10 wi
 figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
 	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")
 
-test: lint  ## lint, then run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+test: lint  ## lint, then run the tests (WORKERS=4 runs four at a time)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
 
 lint: setup  ## check style, format and types
 	$(PY) -m ruff check

@@ -1,6 +1,6 @@
 """A study beside the reference study of the same name: do the verdicts and the numbers agree? Reads tables alone.
 
-A cell is the mean over seeds of one accuracy of one (data, model, loss, loss weight). Two cells agree when their
+A figure is the mean over seeds of one accuracy of one (data, model, loss, loss weight). Two figures agree when their
 difference lies within the 95 % interval of a difference between two such means (Welch 1947): t times the standard
 error, with the Welch-Satterthwaite degrees of freedom. Each mean's squared error is at least the binomial sampling
 error of its models, so that seeds which agree by luck do not make every difference significant. Nothing is paired:
@@ -8,10 +8,9 @@ the same seed on another machine is another draw.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +23,15 @@ from drs.report import read_provenance
 LEVEL = 0.95
 REFERENCE = PROJECT_ROOT / "results" / "reference"
 MACHINE_CLAIMS = ("C3",)  # decided by timing, which belongs to the machine
-_KEYS = ["data", "model", "loss", "loss_weight"]
-_TABLES = ("models", "accuracy", "claims", "timing")
+COLUMNS = [
+    "kind", "claim", "data", "model", "loss", "loss_weight", "measure", "status", "here", "there", "low_here",
+    "high_here", "low_there", "high_there", "n_here", "n_there", "difference", "half_width", "verdict_here",
+    "verdict_there", "epsilons_here", "epsilons_there",
+]  # fmt: skip
+_SETTING = ["data", "model", "loss", "loss_weight"]
 _TEXT = ("run_id", "data", "model", "loss", "attack", "epsilon_label", "excluded", "claim", "verdict", "device")
+_NAMES = {"effect": "value", "ratio": "value", "ci_low": "low", "ci_high": "high", "n_pairs": "n"}
+_SIDES = {"left_only": "only here", "right_only": "only there", "both": "both"}
 
 
 @dataclass(frozen=True)
@@ -44,76 +49,6 @@ class SeedMean:
     variance: float
     n_seeds: int
     n_samples: int
-
-
-class Setting(NamedTuple):
-    """What the seeds of a mean have in common."""
-
-    data: str
-    model: str
-    loss: str
-    loss_weight: float
-
-    def __str__(self) -> str:
-        weight = f" {self.loss_weight:g}" if self.loss_weight > 0 else ""
-        return f"{self.data}/{self.model} {self.loss}{weight}"
-
-
-class Claim(NamedTuple):
-    """A row of the claims table; data and model are ``all`` in the overall one."""
-
-    claim: str
-    data: str
-    model: str
-
-    def __str__(self) -> str:
-        return f"{self.claim} {self.data}" + ("" if self.data == self.model else f"/{self.model}")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One accuracy (a column of models.csv) in both studies; ``half_width`` is of the interval of the difference."""
-
-    setting: Setting
-    column: str
-    own: SeedMean
-    reference: SeedMean
-    half_width: float
-
-    @property
-    def difference(self) -> float:
-        """Own mean less the reference's, a fraction."""
-        return self.own.mean - self.reference.mean
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the difference lies within its interval."""
-        return abs(self.difference) <= self.half_width
-
-
-@dataclass
-class Comparison:
-    """What two studies have in common, and in words what they have not.
-
-    Attributes:
-        verdicts: Both verdicts of each claim, own first.
-        cells: The accuracies that both have.
-        ratios: Training-step time over cross-entropy's as (ratio, ci_low, ci_high), own first.
-        only_own, only_reference: What the other lacks.
-        not_comparable: Accuracies that average over other epsilons.
-    """
-
-    verdicts: dict[Claim, tuple[str, str]] = field(default_factory=dict)
-    cells: list[Cell] = field(default_factory=list)
-    ratios: dict[Setting, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
-    only_own: list[str] = field(default_factory=list)
-    only_reference: list[str] = field(default_factory=list)
-    not_comparable: list[str] = field(default_factory=list)
-
-    @property
-    def disagreements(self) -> list[Cell]:
-        """Cells that do not agree, the largest difference first."""
-        return sorted((cell for cell in self.cells if not cell.agrees), key=lambda cell: -abs(cell.difference))
 
 
 def half_width(own: SeedMean, reference: SeedMean, level: float = LEVEL) -> float:
@@ -139,95 +74,110 @@ def half_width(own: SeedMean, reference: SeedMean, level: float = LEVEL) -> floa
     return float(stats.t.ppf((1 + level) / 2, freedom) * math.sqrt(total))
 
 
-def compare(own: Path, reference: Path) -> Comparison:
+def compare_with_reference(study_dir: Path, reference_dir: Path) -> pd.DataFrame:
     """Compare two study folders that hold ``tables/``.
+
+    Returns:
+        A row for each claim and group (``kind`` verdict: effects, intervals and both verdicts), accuracy (``kind``
+        accuracy: seed means as fractions, their difference and the half-width of its interval) and training-step
+        time over cross-entropy's (``kind`` time: ratios with intervals), with the columns ``COLUMNS``. ``status`` is
+        ``agrees`` or ``differs``; ``only here`` or ``only there`` where one study lacks it; ``other epsilons``
+        for accuracies that average over different ones; ``information`` for times.
 
     Raises:
         UserError: If one of them has no table of models, or a table cannot be read.
     """
-    result = Comparison()
-    mine, theirs = ({name: _read(folder, name) for name in _TABLES} for folder in (own, reference))
-    _compare_verdicts(result, mine["claims"], theirs["claims"])
-    _compare_cells(result, mine, theirs)
-    own_ratios, their_ratios = _ratios(mine["timing"]), _ratios(theirs["timing"])
-    result.ratios = {key: (own_ratios[key], their_ratios[key]) for key in own_ratios if key in their_ratios}
-    return result
+    parts = [_verdicts, _accuracies, _times]
+    rows = [row for part in parts for row in part(study_dir, reference_dir).to_dict("records")]
+    return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
 
 
-def _read(folder: Path, name: str) -> pd.DataFrame:
+def _read(folder: Path, name: str, columns: list[str]) -> pd.DataFrame:
+    """Read a table; one that is not there (``models`` apart) has no rows."""
     path = folder / "tables" / f"{name}.csv"
     if not path.is_file() or path.stat().st_size == 0:
         if name == "models":
             raise UserError(f"{path} is missing or empty; evaluate the study first")
-        return pd.DataFrame()
+        return pd.DataFrame({column: [] for column in columns})
     try:
-        return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
     except (pd.errors.ParserError, ValueError) as error:
         raise UserError(f"{path}: not a table ({error}); evaluate the study again to rebuild it") from None
+    if missing := [column for column in columns if column not in table]:
+        raise UserError(f"{path}: no column {', '.join(missing)}; evaluate the study again to rebuild it")
+    return table
 
 
-def _compare_verdicts(result: Comparison, own: pd.DataFrame, reference: pd.DataFrame) -> None:
-    mine, theirs = (
-        {Claim(row["claim"], row["data"], row["model"]): str(row["verdict"]) for row in table.to_dict("records")}
-        for table in (own, reference)
-    )
-    for claim in _common(result, mine, theirs, "claim "):
-        result.verdicts[claim] = (mine[claim], theirs[claim])
+def _merged(kind: str, own: pd.DataFrame, reference: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Join both studies' rows on ``keys``; what only one has stays, with that as its status."""
+    table = own.merge(reference, on=keys, how="outer", suffixes=("_here", "_there"), indicator="status")
+    table = table.rename(columns={"value_here": "here", "value_there": "there"})
+    return table.assign(kind=kind, status=table["status"].astype(str).map(_SIDES))
 
 
-def _compare_cells(result: Comparison, own: dict[str, pd.DataFrame], reference: dict[str, pd.DataFrame]) -> None:
-    mine, theirs = (_seed_means(tables["models"], tables["accuracy"]) for tables in (own, reference))
-    for setting in _common(result, mine, theirs):
-        for column in _common(result, mine[setting], theirs[setting], f"{setting} "):
-            (epsilons, mean), (other_epsilons, other_mean) = mine[setting][column], theirs[setting][column]
-            if epsilons == other_epsilons or not (epsilons and other_epsilons):
-                result.cells.append(Cell(setting, column, mean, other_mean, half_width(mean, other_mean)))
-            else:
-                result.not_comparable.append(f"{setting} {column}: {epsilons} here, {other_epsilons} there")
+def _verdicts(own: Path, reference: Path) -> pd.DataFrame:
+    keys, values = ["claim", "data", "model"], ["verdict", "effect", "ci_low", "ci_high", "n"]
+    mine, theirs = (_read(folder, "claims", keys + values)[keys + values] for folder in (own, reference))
+    table = _merged("verdict", mine.rename(columns=_NAMES), theirs.rename(columns=_NAMES), keys)
+    both = table["status"] == "both"
+    same = table["verdict_here"] == table["verdict_there"]
+    return table.assign(status=table["status"].mask(both & same, "agrees").mask(both & ~same, "differs"))
 
 
-def _seed_means(models: pd.DataFrame, accuracy: pd.DataFrame) -> dict[Setting, dict[str, tuple[str, SeedMean]]]:
-    """Return setting -> column -> (its epsilons where accuracy.csv tells, its seed mean), without excluded models."""
-    attacks = {name: name[4:-5] for name in map(str, models) if name.startswith("acc.") and name.endswith("@mean")}
-    scored: dict[Any, pd.DataFrame] = {}
-    if len(accuracy):
-        finite = accuracy[np.isfinite(accuracy["epsilon"])]
-        scored = dict(iter(finite.groupby(["data", "model", "attack"])))
-    result: dict[Setting, dict[str, tuple[str, SeedMean]]] = {}
-    groups: dict[Any, pd.DataFrame] = dict(iter(models[models["excluded"].isna()].groupby(_KEYS, sort=False)))
+def _times(own: Path, reference: Path) -> pd.DataFrame:
+    columns = [*_SETTING, "ratio", "ci_low", "ci_high", "n_pairs"]
+    mine, theirs = (_read(folder, "timing", columns)[columns] for folder in (own, reference))
+    table = _merged("time", mine.rename(columns=_NAMES), theirs.rename(columns=_NAMES), _SETTING)
+    return table.assign(measure="step time", status=table["status"].replace("both", "information"))
+
+
+def _accuracies(own: Path, reference: Path) -> pd.DataFrame:
+    table = _merged("accuracy", _seed_means(own), _seed_means(reference), [*_SETTING, "measure"])
+    rows = []
+    for row in table.to_dict("records"):
+        here, there = (
+            SeedMean(row[side], row[f"variance_{side}"], row[f"n_{side}"], row[f"n_samples_{side}"])
+            for side in ("here", "there")
+        )
+        known = bool(row["epsilons_here"] and row["epsilons_there"])
+        if row["status"] == "both" and known and row["epsilons_here"] != row["epsilons_there"]:
+            row["status"] = "other epsilons"
+        elif row["status"] == "both":
+            difference, width = here.mean - there.mean, half_width(here, there)
+            status = "agrees" if abs(difference) <= width else "differs"
+            row |= {"difference": difference, "half_width": width, "status": status}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _seed_means(folder: Path) -> pd.DataFrame:
+    """Return a row per setting and measure: its seed mean without excluded models, and its epsilons if known."""
+    columns = [*_SETTING, "clean_accuracy", "n_clean", "n_attacked", "excluded"]
+    models = _read(folder, "models", columns)
+    accuracy = _read(folder, "accuracy", ["data", "model", "attack", "epsilon", "epsilon_label", "n"])
+    finite = accuracy[np.isfinite(accuracy["epsilon"].astype(float))]
+    scored: dict[Any, pd.DataFrame] = dict(iter(finite.groupby(["data", "model", "attack"])))
+    measures = ["clean_accuracy", *(name for name in map(str, models) if name[:4] == "acc." and name[-5:] == "@mean")]
+    groups: dict[Any, pd.DataFrame] = dict(iter(models[models["excluded"].isna()].groupby(_SETTING)))
+    rows = []
     for key, group in groups.items():
-        setting = Setting(*key)
-        means = result.setdefault(setting, {})
-        for column, attack in {"clean_accuracy": "clean", **attacks}.items():
-            values = group[column].dropna()
+        for measure in measures:
+            values = group[measure].dropna()
             if values.empty:
                 continue
-            epsilons, n_samples = "", int(group["n_clean" if attack == "clean" else "n_attacked"].min())
-            cells = scored.get((setting.data, setting.model, attack))
+            attack = "clean" if measure == "clean_accuracy" else measure[4:-5]
+            epsilons, n_samples = "", group["n_clean" if attack == "clean" else "n_attacked"].min()
+            cells = scored.get((key[0], key[1], attack))
             if cells is not None:
                 epsilons = ", ".join(cells.sort_values("epsilon")["epsilon_label"].unique())
-                n_samples = int(cells["n"].min())  # an attack may have run on fewer samples than the others
-            variance = float(values.var(ddof=1)) if len(values) > 1 else math.nan
-            means[column] = (epsilons, SeedMean(float(values.mean()), variance, len(values), n_samples))
-    return result
+                n_samples = cells["n"].min()  # an attack may have run on fewer samples than the others
+            rows.append((*key, measure, values.mean(), values.var(ddof=1), len(values), n_samples, epsilons))
+    names = [*_SETTING, "measure", "value", "variance", "n", "n_samples", "epsilons"]
+    return pd.DataFrame(rows, columns=pd.Index(names))
 
 
-def _ratios(timing: pd.DataFrame) -> dict[Setting, tuple[float, ...]]:
-    return {
-        Setting(*(row[key] for key in _KEYS)): (row["ratio"], row["ci_low"], row["ci_high"])
-        for row in timing.to_dict("records")
-    }
-
-
-def _common(result: Comparison, own: Mapping[Any, Any], reference: Mapping[Any, Any], prefix: str = "") -> list[Any]:
-    """Return the keys that both have, in the study's order, and note those that one lacks."""
-    result.only_own += [f"{prefix}{key}" for key in own if key not in reference]
-    result.only_reference += [f"{prefix}{key}" for key in reference if key not in own]
-    return [key for key in own if key in reference]
-
-
-def compare_with_reference(study_dir: Path, reference_root: Path = REFERENCE, limit: int = 15) -> str:
-    """Tell in plain text how a study agrees with the reference study of its name.
+def comparison_text(study_dir: Path, reference_root: Path = REFERENCE, limit: int = 15) -> str:
+    """Tell in plain text how a study agrees with the reference study of its name; the last line sums it up.
 
     Args:
         study_dir: ``results/<study>``; ``reference_root`` holds the reference studies.
@@ -239,59 +189,106 @@ def compare_with_reference(study_dir: Path, reference_root: Path = REFERENCE, li
     reference = reference_root / study_dir.name
     if not (reference / "tables" / "models.csv").is_file():
         return f"There is no reference study named {study_dir.name}, so nothing to compare with."
-    result = compare(study_dir, reference)
-    lines = [f"{study_dir.name} beside the reference study ({_origin(reference)})"]
-    lines += _verdict_lines(result) + _cell_lines(result, limit) + _ratio_lines(result)
-    lines += _listed("Not comparable, averaged over different epsilons:", result.not_comparable, limit)
-    lines += _listed("Only in this study:", result.only_own, limit)
-    lines += _listed("Only in the reference study:", result.only_reference, limit)
-    return "\n".join(lines)
+    name = str(reference).removeprefix(f"{PROJECT_ROOT}/")
+    provenance = read_provenance(reference)
+    commit = str(provenance.get("commit") or "unknown")[:10]
+    table = compare_with_reference(study_dir, reference)
+    lines = [f"{study_dir.name} beside {name} (commit {commit}, {machine_name(provenance)})"]
+    lines += _verdict_lines(table) + _figure_lines(table, limit) + _time_lines(table)
+    other = table[table["status"] == "other epsilons"].to_dict("records")
+    items = [f"{_label(row)}: {row['epsilons_here']} here, {row['epsilons_there']} there" for row in other]
+    lines += _listed("Not comparable, averaged over different epsilons:", items, limit)
+    for status, place in (("only here", "this study"), ("only there", "the reference study")):
+        lines += _listed(f"Only in {place}:", _lacking(table, status), limit)
+    return "\n".join([*lines, _summary(table, name)])
 
 
-def _origin(reference: Path) -> str:
-    content = read_provenance(reference)
-    hardware = content.get("hardware") or {}
-    machine = hardware.get("gpu") or hardware.get("cpu") or "machine unknown"
-    return f"commit {str(content.get('commit', 'unknown'))[:10]}, {machine}"
+def machine_name(provenance: dict[str, Any]) -> str:
+    """Return the GPU that a study ran on, or its processor and cores where it used none."""
+    hardware = provenance.get("hardware") or {}
+    gpu, cpu, cores = hardware.get("gpu"), hardware.get("cpu"), hardware.get("cores")
+    if gpu and gpu != "none":
+        return str(gpu)
+    return f"{cpu or 'an unnamed processor'}" + (f", {cores} cores" if cores else "")
 
 
-def _verdict_lines(result: Comparison) -> list[str]:
-    counted = {claim: sides for claim, sides in result.verdicts.items() if claim.claim not in MACHINE_CLAIMS}
-    same = sum(own == reference for own, reference in counted.values())
-    if not counted:
+def _label(row: dict[Any, Any]) -> str:
+    if row["kind"] == "verdict":
+        return f"{row['claim']} {row['data']}" + ("" if row["data"] == row["model"] else f"/{row['model']}")
+    weight = f" {row['loss_weight']:g}" if row["loss_weight"] > 0 else ""
+    return f"{row['data']}/{row['model']} {row['loss']}{weight} {str(row['measure']).removeprefix('acc.')}"
+
+
+def _verdict_lines(table: pd.DataFrame) -> list[str]:
+    shared = table[(table["kind"] == "verdict") & table["status"].isin(["agrees", "differs"])]
+    counted = shared[~shared["claim"].isin(MACHINE_CLAIMS)]
+    if counted.empty:
         return ["Verdicts: the two have none in common."]
-    lines = [f"Verdicts: {same} of {len(counted)} are the same."]
-    for claim, (own, reference) in result.verdicts.items():
-        if own != reference:
-            note = "" if claim in counted else " (depends on the machine, not counted)"
-            lines.append(f"  {claim}: {own} here, {reference} there{note}")
+    lines = [f"Verdicts: {(counted['status'] == 'agrees').sum()} of {len(counted)} are the same."]
+    for row in shared[shared["status"] == "differs"].to_dict("records"):
+        note = " (depends on the machine, not counted)" if row["claim"] in MACHINE_CLAIMS else ""
+        lines.append(f"  {_label(row)}: {row['verdict_here']} here, {row['verdict_there']} there{note}")
     return lines
 
 
-def _cell_lines(result: Comparison, limit: int) -> list[str]:
-    if not result.cells:
-        return ["Accuracies: the two have no cell in common."]
-    wrong = result.disagreements
-    expected = (1 - LEVEL) * len(result.cells)
+def _figures(table: pd.DataFrame) -> pd.DataFrame:
+    return table[(table["kind"] == "accuracy") & table["status"].isin(["agrees", "differs"])]
+
+
+def _figure_lines(table: pd.DataFrame, limit: int) -> list[str]:
+    figures = _figures(table)
+    if figures.empty:
+        return ["Figures: the two have none in common."]
+    wrong = figures[figures["status"] == "differs"].sort_values("difference", key=abs, ascending=False)
     text = (
-        f"Accuracies: {len(result.cells) - len(wrong)} of {len(result.cells)} means over seeds agree within the "
-        f"{LEVEL:.0%} interval of their difference; about {1 - LEVEL:.0%} ({expected:.1f}) would disagree by chance"
+        f"Figures (mean accuracies over seeds): {len(figures) - len(wrong)} of {len(figures)} agree within the "
+        f"{LEVEL:.0%} interval of their difference (Welch's t, with the sampling error of the test images as a floor, "
+        f"which alone counts where both have one seed). If these intervals were independent, about {1 - LEVEL:.0%} "
+        f"({(1 - LEVEL) * len(figures):.1f}) would disagree by chance"
     )
     items = [
-        f"{cell.setting} {cell.column.removeprefix('acc.')}: {cell.own.mean:.1%} here (n={cell.own.n_seeds}), "
-        f"{cell.reference.mean:.1%} there (n={cell.reference.n_seeds}), difference {100 * cell.difference:+.1f} "
-        f"points, expected within {100 * cell.half_width:.1f}"
-        for cell in wrong
+        f"{_label(row)}: {row['here']:.1%} here (n={row['n_here']:.0f}), {row['there']:.1%} there "
+        f"(n={row['n_there']:.0f}), difference {100 * row['difference']:+.1f} points, expected within "
+        f"{100 * row['half_width']:.1f}"
+        for row in wrong.to_dict("records")
     ]
-    return _listed(f"{text}; these disagree:", items, limit) or [f"{text}."]
+    return _listed(f"{text}; these disagree, the largest difference first:", items, limit) or [f"{text}."]
 
 
-def _ratio_lines(result: Comparison) -> list[str]:
-    lines = ["Training-step time over cross-entropy's, for information:"] if result.ratios else []
-    for setting, sides in result.ratios.items():
-        own, reference = (f"{ratio:.3f} [{low:.3f}, {high:.3f}]" for ratio, low, high in sides)
-        lines.append(f"  {setting}: {own} here, {reference} there")
+def _time_lines(table: pd.DataFrame) -> list[str]:
+    rows = table[(table["kind"] == "time") & (table["status"] == "information")].to_dict("records")
+    lines = ["Training-step time over cross-entropy's, for information:"] if rows else []
+    for row in rows:
+        sides = (f"{row[side]:.3f} [{row[f'low_{side}']:.3f}, {row[f'high_{side}']:.3f}]" for side in ("here", "there"))
+        lines.append(f"  {_label(row).removesuffix(' step time')}: {' here, '.join(sides)} there")
     return lines
+
+
+def _lacking(table: pd.DataFrame, status: str) -> list[str]:
+    """Name what one study lacks; a setting of which it has nothing is named once."""
+    accuracies = table[table["kind"] == "accuracy"]
+    whole = accuracies.groupby(_SETTING)["status"].transform(lambda statuses: (statuses == status).all())
+    names = []
+    for index, row in zip(table.index, table.to_dict("records"), strict=True):
+        if row["status"] == status:
+            label = _label(row)
+            names.append(label.rpartition(" ")[0] if whole.get(index, False) else label)
+    return list(dict.fromkeys(names))
+
+
+def _summary(table: pd.DataFrame, name: str) -> str:
+    figures = _figures(table)
+    agree = (figures["status"] == "agrees").sum()
+    verdicts = [
+        f"{row['claim']} {'same' if row['status'] == 'agrees' else 'differs'}"
+        + (" (for information)" if row["claim"] in MACHINE_CLAIMS else "")
+        for row in table[table["kind"] == "verdict"].to_dict("records")
+        if row["data"] == "all" and row["status"] in ("agrees", "differs")
+    ]
+    return (
+        f"{agree} of {len(figures)} figures agree with {name} within their intervals; "
+        f"verdicts: {', '.join(verdicts) or 'none in common'}."
+    )
 
 
 def _listed(title: str, items: list[str], limit: int) -> list[str]:

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +24,7 @@ from hydra import compose, initialize_config_dir
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from drs.comparison import REFERENCE, compare_with_reference
+from drs.comparison import REFERENCE, comparison_text, machine_name
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_weight
 from drs.entrypoint import fail
 from drs.errors import UserError
@@ -49,7 +50,7 @@ class Plan:
         experiment: Its name.
         folder: The study's folder.
         jobs: The config of every training.
-        states: How many trainings have which state; "new" where there is no run yet.
+        states: How many trainings are "done", "diverged", "running", "failed" or, without a run yet, "new".
         suite: The attacks, their epsilons and samples.
     """
 
@@ -66,8 +67,8 @@ class Plan:
 
     @property
     def n_left(self) -> int:
-        """How many trainings are not done."""
-        return len(self.jobs) - self.states["done"]
+        """How many trainings have no result yet; a diverged one has, and is not tried again."""
+        return len(self.jobs) - self.states["done"] - self.states["diverged"]
 
 
 def main() -> int:
@@ -87,7 +88,7 @@ def main() -> int:
         run_step("evaluate.py", f"experiment={plan.experiment}")
     for plan in plans:
         show(claims_text(plan.folder, width=terminal_width()))
-        show(wrapped(compare_with_reference(plan.folder), terminal_width()))
+        show(wrapped(comparison_text(plan.folder), terminal_width()))
         show(outputs_text(plan.folder))
     show(f"Total time: {duration(time.monotonic() - started)}")
     return 0
@@ -105,11 +106,15 @@ def make_plan(experiment: str) -> Plan:
         UserError: For an unknown experiment, a config that does not fit the schema, or a broken status file.
     """
     jobs = [config for _, config in grid_jobs(experiment)]
-    states = Counter(str(run_folder(job).status().get("state", "new")) for job in jobs)
+    states = Counter(_state(run_folder(job).status()) for job in jobs)
     register_plugins()
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         suite = evaluate_config(compose("evaluate", [f"experiment={experiment}"])).suite
     return Plan(experiment, study_folder(jobs[0].results_dir, jobs[0].study), jobs, states, suite)
+
+
+def _state(status: dict[str, Any]) -> str:
+    return "diverged" if status.get("reason") == "diverged" else str(status.get("state", "new"))
 
 
 def plan_text(plan: Plan, reference_root: Path, width: int) -> str:
@@ -153,12 +158,11 @@ def _attack_label(suite: SuiteConfig, name: str) -> str:
 
 def _expected_time(reference: Path) -> str:
     content = read_provenance(reference)
-    seconds, hardware = content.get("wall_seconds") or {}, content.get("hardware") or {}
+    seconds = content.get("wall_seconds") or {}
     if not seconds:
         return "expected time: unknown, there is no reference timing of this experiment"
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-    machine = hardware.get("gpu") or f"{hardware.get('cpu', 'an unnamed machine')}, {hardware.get('cores', '?')} cores"
-    return f"expected time, nothing done before: {duration(sum(seconds.values()))} ({parts}) on {machine}"
+    return f"expected time, nothing done before: {duration(sum(seconds.values()))} ({parts}) on {machine_name(content)}"
 
 
 def run_step(script: str, *arguments: str) -> None:

@@ -50,7 +50,7 @@ def test_plan_knows_what_is_done_and_how_long_it_took(results: Path, tmp_path: P
     write_study(tmp_path / "reference" / "smoke")
     plan = reproduce.make_plan("smoke")
     text = reproduce.plan_text(plan, tmp_path / "reference", width=200)
-    assert "trainings: 8, of which 5 are left (3 done, 1 failed)" in text
+    assert "trainings: 8, of which 4 are left (1 diverged, 3 done)" in text
     assert PROVENANCE["wall_seconds"] == {"train": 741.5, "attack": 432.1}
     assert "19 min 34 s (train 12 min 22 s, attack 7 min 12 s) on Some | CPU, 2 cores" in text
 
