@@ -107,20 +107,21 @@ def test_differences_are_listed_largest_first(tmp_path: Path) -> None:
     tables = _copy()
     models = tables["models"]
     setting = (models["data"] == "mnist") & (models["loss_weight"] == 0.001)
-    models.loc[setting, "acc.pgd@mean"] += 0.2
-    models.loc[setting, "acc.fgsm@mean"] -= 0.3
+    for column, difference in (("pgd", 0.2), ("fgsm", -0.3), ("cw", 0.4)):
+        models.loc[setting, f"acc.{column}@mean"] += difference
     own, reference = _studies(tmp_path, tables)
     differing = _select(compare_with_reference(own, reference), "accuracy", status="differs")
-    assert sorted(differing["measure"]) == ["acc.fgsm@mean", "acc.pgd@mean"]
+    assert sorted(differing["measure"]) == ["acc.cw@mean", "acc.fgsm@mean", "acc.pgd@mean"]
     assert set(differing["model"]) == {"lenet"} and set(differing["loss_weight"]) == {0.001}
-    assert sorted(differing["difference"]) == pytest.approx([-0.3, 0.2])
+    assert sorted(differing["difference"]) == pytest.approx([-0.3, 0.2, 0.4])
     lines = comparison_text(own, tmp_path / "reference").splitlines()
     shown = [line for line in lines if "points" in line]
-    assert shown[0].startswith("  mnist/lenet dr_softmax 0.001 fgsm@mean:") and "-30.0 points" in shown[0]
-    assert shown[1].startswith("  mnist/lenet dr_softmax 0.001 pgd@mean:") and "+20.0 points" in shown[1]
-    assert "n=4" in shown[0] and lines[-1].startswith("61 of 63 figures agree")
+    expected = (("cw@mean", "+40.0"), ("fgsm@mean", "-30.0"), ("pgd@mean", "+20.0"))
+    for line, (measure, difference) in zip(shown, expected, strict=True):
+        assert line.startswith(f"  mnist/lenet dr_softmax 0.001 {measure}:") and f"{difference} points" in line
+    assert "n=4" in shown[0] and lines[-1].startswith("60 of 63 figures agree")
     limited = comparison_text(own, tmp_path / "reference", limit=1)
-    assert "pgd@mean" not in limited and "and 1 more" in limited
+    assert "pgd@mean" not in limited and "and 2 more" in limited
 
 
 def test_excluded_models_do_not_count(tmp_path: Path) -> None:
