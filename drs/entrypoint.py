@@ -22,6 +22,9 @@ def run_entrypoint(main: Callable[[], object]) -> None:
     A ``UserError`` or a config that Hydra refuses ends in ``error: <one line>`` and exit status 2; an interrupt in
     130. Anything else is a defect and keeps its traceback.
     """
+    # OpenMP threads that spin while they wait stall training several times over as soon as another program wants a
+    # core; sleeping ones do not. It is read when torch is first imported, and never overrides the user's own choice.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # With this set Hydra raises what went wrong, rather than printing it over several lines and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_plugins()

@@ -35,6 +35,8 @@ def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200,
         group["lr"] = 0.0  # the weights stay put, so that both losses see the same work throughout
     options = {key: value for key, value in asdict(config.loss).items() if key != "name"}
     losses = [build_loss("ce"), build_loss(config.loss.name, **options)]
+    for loss in losses:
+        loss.validate = False  # as in training
 
     def step(which: int) -> float:
         if device.type == "cuda":
@@ -56,10 +58,10 @@ def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200,
     ratios = seconds[:, 1] / seconds[:, 0]
     draws = np.random.default_rng(0).integers(n_pairs, size=(2000, n_pairs))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
-    baseline, loss = 1e3 * np.median(seconds, axis=0)
+    baseline_ms, loss_ms = 1e3 * np.median(seconds, axis=0)
     values = [
         config.data.name, config.model.name, config.loss.name, loss_weight(config.loss), "ce", config.batch_size, n_pairs,
-        baseline, loss, float(np.median(ratios)), low, high, device.type,
+        baseline_ms, loss_ms, float(np.median(ratios)), low, high, device.type,
     ]  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 

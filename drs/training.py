@@ -118,7 +118,8 @@ def fit(
     model = build_model_of(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     options = {key: value for key, value in asdict(config.loss).items() if key != "name"}
     loss = build_loss(config.loss.name, **options)
-    loss.validate = device.type == "cpu"
+    check_labels(training, config.data)
+    loss.validate = False  # the labels have been checked; doing so in each step costs time and, on a GPU, a wait
     steps = len(training) // config.batch_size
     optimizers = [build_optimizer(model, config.optim) for _ in range(loss.phases)]
     schedules = [build_schedule(optimizer, config.optim, steps * config.epochs) for optimizer in optimizers]
@@ -161,6 +162,13 @@ def fit(
             if on_epoch is not None:
                 on_epoch(row, epoch)
     return model.eval(), rows
+
+
+def check_labels(data: LabelledImages, config: DataConfig) -> None:
+    """Raise ``UserError`` if a label is not a class of the config."""
+    highest = int(data.labels.max())
+    if highest >= config.num_classes:
+        raise UserError(f"data.num_classes={config.num_classes}: {config.name} has the label {highest}")
 
 
 def _step(

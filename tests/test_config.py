@@ -1,0 +1,165 @@
+"""Configs: identity, ranges, grids and the one-line errors of the command line."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from drs.attack_config import parse_epsilon
+from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config, run_id, train_config
+from drs.errors import UserError
+from drs.sweeper import expand_grid, grid_jobs, register_plugins
+
+CONFIGS = str(PROJECT_ROOT / "configs")
+
+
+def train(*overrides: str) -> TrainConfig:
+    register_plugins()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return train_config(compose("train", list(overrides)))
+
+
+def run_script(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DRS_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROJECT_ROOT / "scripts" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+
+
+def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
+    config = train()
+    for other in ("study=other", "device=cpu", "progress=false", "results_dir=/elsewhere", "data.cache=x", "data.root=y"):
+        assert run_id(train(other)) == run_id(config), other
+    for other in ("seed=1", "loss.weight=0.1", "epochs=3", "optim.learning_rate=0.2", "data.validation=100", "model=mlp"):
+        assert run_id(train(other)) != run_id(config), other
+
+
+def test_equal_numbers_have_equal_identity() -> None:
+    assert run_id(train("loss.weight=0.005")) == run_id(train("loss.weight=5e-3"))
+    assert run_id(train("loss.weight=1")) == run_id(train("loss.weight=1.0"))
+
+
+@pytest.mark.parametrize("data", ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("loss", ["ce", "dr_softmax", "label_smoothing", "gce", "cot", "logit_squeezing", "confidence_penalty"])
+def test_every_data_set_and_loss_composes(data: str, loss: str) -> None:
+    config = train(f"data={data}", f"loss={loss}", "model=resnet9", "optim=sgd")
+    assert (config.data.name, config.loss.name) == (data, loss)
+    assert len(config.data.mean) == config.data.channels
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.weight=-1", r"loss\.weight=-1\.0: must be a finite number, at least 0"),
+        ("loss.weight=nan", r"loss\.weight=nan: must be a finite number"),
+        ("seed=abc", "seed=abc: Value 'abc'"),
+        ("seed=-1", "seed=-1: must be between"),
+        ("epochs=0", "epochs=0: must be at least 1"),
+        ("device=tpu", "device=tpu: must be auto"),
+        ("study=../up", r"study=\.\./up: must be one path component"),
+        ("study=reference", "study=reference"),
+        ("precision=half", "precision=half: must be one of float32, bfloat16"),
+        ("loss.space=probs", "loss.space=probs: must be one of"),
+        ("data.augment=mixup", "data.augment=mixup: must be one of"),
+        ("optim.warmup=0", "optim.warmup=0"),
+    ],
+)
+def test_value_out_of_range_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(override)
+
+
+def test_unknown_key_in_a_file_is_named_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'loss\.wieght'; did you mean 'loss\.weight'\?"):
+        train("+loss.wieght=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "value"), [("8/255", "linf", 8 / 255), ("0.1", "linf", 0.1), (1, "linf", 1.0), ("3/2", "l2", 1.5)]
+)
+def test_epsilon_is_a_number_or_a_fraction(text: object, norm: str, value: float) -> None:
+    assert parse_epsilon(text, norm, "key").value == value
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "message"),
+    [(0, "linf", "above 0"), (-1, "l2", "above 0"), (8, "linf", "8 of 255 grey levels is 8/255"), ("x", "l2", "a number"),
+     ("1/0", "l2", "a number"), (128, "l2", "at most 100"), ("nan", "linf", "a number")],
+)  # fmt: skip
+def test_bad_epsilon_is_refused(text: object, norm: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_epsilon(text, norm, "key")
+
+
+def test_grid_is_a_union_of_products_and_arguments_win() -> None:
+    grid = [{"data": "mnist", "loss": "ce", "seed": "0,1"}, {"data": "cifar10", "loss": "dr_softmax", "loss.weight": "0.1,0.2", "seed": 0}]
+    jobs = expand_grid(grid, ["study=s"])
+    assert ["data=mnist", "loss=ce", "seed=1", "study=s"] in jobs
+    assert len(jobs) == 4
+    assert expand_grid(grid, ["seed=7"]) == [
+        ["data=mnist", "loss=ce", "seed=7"],
+        ["data=cifar10", "loss=dr_softmax", "loss.weight=0.1", "seed=7"],
+        ["data=cifar10", "loss=dr_softmax", "loss.weight=0.2", "seed=7"],
+    ]
+    assert expand_grid([], ["seed=1,2"]) == [["seed=1"], ["seed=2"]]
+
+
+def test_laptop_study_has_the_promised_models() -> None:
+    configs = [config for _, config in grid_jobs("laptop")]
+    mnist = [config for config in configs if config.data.name == "mnist"]
+    weights = sorted({config.loss.weight for config in mnist if config.loss.name == "dr_softmax"})
+    assert len(mnist) >= 24
+    assert len(weights) >= 5
+    assert weights[-1] / weights[0] >= 100
+    assert len({config.seed for config in mnist}) == 4
+    assert {config.loss.name for config in mnist} == {"ce", "dr_softmax"}
+    assert len([config for config in configs if config.data.name == "cifar10"]) >= 6
+    assert len({run_id(config) for config in configs}) == len(configs)
+    assert all(config.data.train_samples is None for config in configs)
+
+
+@pytest.mark.parametrize("experiment", ["smoke", "mnist", "cifar10"])
+def test_experiments_compose_for_both_entrypoints(experiment: str) -> None:
+    register_plugins()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        evaluation = evaluate_config(compose("evaluate", [f"experiment={experiment}"]))
+        grid = compose("train", [f"experiment={experiment}"]).grid
+    assert evaluation.study == experiment
+    first = train(*expand_grid([dict(grid[0])], [f"experiment={experiment}"])[0])
+    assert first.study == experiment
+    assert first.data.name in evaluation.suite.epsilons
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train.py", ["los.weight=1"], ["los.weight", "Key 'los' is not in struct"]),
+        ("train.py", ["loss=dr"], ["loss/dr", "dr_softmax"]),
+        ("train.py", ["loss.weight=-1"], ["loss.weight=-1", "at least 0"]),
+        ("train.py", ["-m", "seed=0,abc"], ["seed=abc"]),
+        ("train.py", ["device=cuda:63", "data=digits", "model=mlp"], ["device=cuda:63", "device=cpu"]),
+        ("evaluate.py", ["study=nothing"], ["study=nothing", "scripts/train.py"]),
+        ("evaluate.py", ["suite=strongest"], ["suite/strongest", "paper"]),
+        ("evaluate.py", ["suite.epsilons.mnist.linf=[0]"], ["suite.epsilons.mnist.linf=0", "above 0"]),
+        ("evaluate.py", ["suite.epsilons.mnist.linf=[8]"], ["suite.epsilons.mnist.linf=8", "8/255"]),
+        ("evaluate.py", ["suite.attacks.pgd.kind=pdg"], ["suite.attacks.pgd.kind=pdg", "pgd"]),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_line(tmp_path: Path, script: str, arguments: list[str], words: list[str]) -> None:
+    done = run_script(tmp_path, script, *arguments)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_config_objects_are_not_shared_between_compositions() -> None:
+    first = train()
+    assert replace(first, seed=9) != first
+    assert train().loss is not first.loss
