@@ -3,8 +3,8 @@
 A figure is the mean over seeds of one accuracy of one (data, model, loss, loss weight). Two figures agree when their
 difference lies within the 95 % interval of a difference between two such means (Welch 1947): t times the standard
 error, with the Welch-Satterthwaite degrees of freedom. Each mean's squared error is at least the binomial sampling
-error of its models, so that seeds which agree by luck do not make every difference significant. Nothing is paired:
-the same seed on another machine is another draw.
+error of its models, so that seeds which agree by luck do not make every difference significant. Both studies attack
+the same images, so this floor errs towards agreement. Nothing is paired: the same seed elsewhere is another draw.
 """
 
 import math
@@ -243,8 +243,8 @@ def _figure_lines(table: pd.DataFrame, limit: int) -> list[str]:
     text = (
         f"Figures (mean accuracies over seeds): {len(figures) - len(wrong)} of {len(figures)} agree within the "
         f"{LEVEL:.0%} interval of their difference (Welch's t, with the sampling error of the test images as a floor, "
-        f"which alone counts where both have one seed). If these intervals were independent, about {1 - LEVEL:.0%} "
-        f"({(1 - LEVEL) * len(figures):.1f}) would disagree by chance"
+        f"which alone counts where both have one seed). Of independent intervals at most about {1 - LEVEL:.0%} "
+        f"({(1 - LEVEL) * len(figures):.1f}) disagree by chance"
     )
     items = [
         f"{_label(row)}: {row['here']:.1%} here (n={row['n_here']:.0f}), {row['there']:.1%} there "

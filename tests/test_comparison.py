@@ -83,7 +83,7 @@ def test_a_study_agrees_with_itself(tmp_path: Path) -> None:
     assert set(table["status"]) == {"agrees", "information"}
     lines = comparison_text(own, tmp_path / "reference").splitlines()
     assert "Verdicts: 9 of 9 are the same." in lines
-    assert f"5% ({0.05 * n_figures:.1f}) would disagree by chance." in "\n".join(lines)
+    assert f"at most about 5% ({0.05 * n_figures:.1f}) disagree by chance." in "\n".join(lines)
     assert lines[-1] == (
         f"{n_figures} of {n_figures} figures agree with {reference} within their intervals; "
         "verdicts: C1 same, C2 same, C3 same (for information), C4 same."
