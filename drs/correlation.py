@@ -70,6 +70,8 @@ def usable_models(models: pd.DataFrame) -> pd.DataFrame:
 
 def group_models(models: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Yield data, model and rows of every pair of a dataset and an architecture, in order of appearance."""
+    if models.empty:  # perhaps without these columns
+        return
     for (data, model), rows in models.groupby(["data", "model"], sort=False, dropna=False):
         yield str(data), str(model), rows
 
@@ -246,9 +248,7 @@ def correlate(
         statistic: Column, such as ``stat.nonlabel_var_log``.
         accuracy: Column, such as ``clean_accuracy`` or ``acc.pgd@mean``.
         method: One of ``METHODS``.
-        n_bootstrap: See ``correlation_table``.
-        n_permutations: See ``correlation_table``.
-        seed: See ``correlation_table``.
+        n_bootstrap, n_permutations, seed: See ``correlation_table``.
     """
     rows = usable_models(models)
     rows = rows.reindex(columns=[statistic, accuracy])

@@ -31,6 +31,7 @@ from drs.verdicts import (
 
 _STATISTIC = f"stat.{PRIMARY_STATISTIC}"
 _NAN = float("nan")
+_TIMING = ("ratio", "ci_low", "ci_high", "n_pairs", "baseline_ms", "loss_ms", "batch_size", "device")
 
 
 class Group(NamedTuple):
@@ -173,6 +174,9 @@ def _robustness_claim(group: Group) -> Finding:
 
 def _time_claim(group: Group) -> Finding:
     rows = select(_setting(group.timing), baseline=BASELINE)
+    missing = [column for column in _TIMING if column not in rows]
+    if missing and not rows.empty:
+        return Finding(Decision(INCONCLUSIVE, f"the timing table lacks {', '.join(missing)}"))
     rows = rows if rows.empty else rows.dropna(subset="ratio")
     if rows.empty:
         return Finding(Decision(INCONCLUSIVE, f"no training step was timed at weight {PRIMARY_WEIGHT:g}"))

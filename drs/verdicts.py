@@ -64,7 +64,8 @@ These rules were fixed before the study was run. A verdict is *{SUPPORTED}*, *{W
 are read at the mean of their finite epsilons. The weak attacks are {_names(WEAK_ATTACKS)}; the worst case is per
 sample over all attacks of a norm, Linf and L2. Unless the strong attacks were run, no claim about
 robustness (C1, C2) gets better than *{WEAK_ONLY}*. Intervals are 95 %. A set of attacks passes only if every attack in
-it passes, so reading several needs no further correction.
+it passes, so reading several needs no further correction. Intervals and q of coefficients take models as independent;
+where the seeds of a setting resemble each other they promise too much, which is why C1 and C4 also ask the settings.
 
 - **C1. {STATEMENTS["C1"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with robust accuracy. An attack
   passes if three things hold. Over the models, the bootstrap interval excludes 0 and the Benjamini–Hochberg q over the
