@@ -25,8 +25,6 @@ from drs.verdicts import (
     SUPPORTED,
     TIME_BUDGET,
     WEAK_ONLY,
-    decide_time,
-    least_favourable,
 )
 
 WEIGHTS = (0.0, 0.0005, 0.001, 0.005, 0.02, 0.1)
@@ -275,10 +273,6 @@ def test_time(low: float, high: float, verdict: str) -> None:
     assert "60 interleaved pairs on cpu" in row["evidence"]
 
 
-def test_time_at_the_budget_is_inconclusive() -> None:
-    assert decide_time(1.0, TIME_BUDGET).verdict == decide_time(TIME_BUDGET, 1.2).verdict == INCONCLUSIVE
-
-
 @pytest.mark.parametrize(
     "timing",
     [pd.DataFrame(), _timing().iloc[:0], _timing(data="cifar10"), _timing(loss_weight=0.02), _timing(baseline="gce"),
@@ -288,6 +282,13 @@ def test_time_without_a_measurement(timing: pd.DataFrame) -> None:
     row = _claim(_decide(_group(), timing=timing), "C3")
     assert row["verdict"] == INCONCLUSIVE
     assert "no training step was timed at weight 0.005" in row["evidence"].lower()
+
+
+@pytest.mark.parametrize("column", ["ratio", "ci_low", "n_pairs", "device"])
+def test_time_from_an_incomplete_table(column: str) -> None:
+    row = _claim(_decide(_group(), timing=_timing().drop(columns=column)), "C3")
+    assert row["verdict"] == INCONCLUSIVE
+    assert f"The timing table lacks {column}." in row["evidence"]
 
 
 def test_the_slowest_of_several_measurements_counts() -> None:
@@ -402,12 +403,6 @@ def test_overall_is_the_least_favourable_conclusive_group() -> None:
     assert "mnist/lenet supported; cifar10/lenet not supported" in row["evidence"]
 
 
-def test_least_favourable() -> None:
-    assert least_favourable([SUPPORTED, INCONCLUSIVE]) == SUPPORTED
-    assert least_favourable([NOT_SUPPORTED, SUPPORTED, WEAK_ONLY]) == NOT_SUPPORTED
-    assert least_favourable([INCONCLUSIVE]) == least_favourable([]) == INCONCLUSIVE
-
-
 @pytest.mark.parametrize(
     "missing",
     ["acc.cw@mean", "norm.cw", "acc.fgsm@mean", "acc.worst_l2@mean", "acc.worst_linf@mean", "clean_accuracy",
@@ -433,9 +428,10 @@ def test_missing_tables_are_survived() -> None:
     claims = decide_claims(models, nothing, nothing, nothing, strong_suite=True)
     verdicts = claims[claims["data"] == "mnist"].set_index("claim")["verdict"].to_dict()
     assert verdicts == {"C1": INCONCLUSIVE, "C2": SUPPORTED, "C3": INCONCLUSIVE, "C4": INCONCLUSIVE}
-    empty = decide_claims(models.iloc[:0], nothing, nothing, nothing, strong_suite=True)
-    assert empty["verdict"].tolist() == [INCONCLUSIVE] * 4
-    assert set(empty["evidence"]) == {"No finished model."}
+    for no_models in (models.iloc[:0], nothing):
+        empty = decide_claims(no_models, correlation_table(no_models), nothing, nothing, strong_suite=True)
+        assert empty["verdict"].tolist() == [INCONCLUSIVE] * 4
+        assert set(empty["evidence"]) == {"No finished model."}
 
 
 def test_tables_read_back_from_csv_decide_the_same(tmp_path: object) -> None:

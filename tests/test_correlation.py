@@ -103,20 +103,31 @@ def test_interval_agrees_with_scipys_bootstrap() -> None:
     rng = np.random.default_rng(6)
     x = rng.normal(size=12)
     y = x + 0.7 * rng.normal(size=12)
-    left, right = x[:, None], y[:, None]
-    observed = coefficients(left, right)["pearson"][0]
-    draws = coefficients(left, right, draw_counts(12, 9999, rng))["pearson"]
-    left_out = coefficients(left, right, 1 - np.eye(12))["pearson"]
-    low, high = bca_interval(observed, draws, left_out.mean(axis=0) - left_out)
 
     def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         return stats.pearsonr(x, y, axis=axis).statistic
 
     theirs = stats.bootstrap((x, y), statistic, paired=True, method="BCa", rng=np.random.default_rng(1))
-    percentile = np.quantile(draws, [0.025, 0.975])
-    assert low[0, 0] == pytest.approx(theirs.confidence_interval.low, abs=0.015)
-    assert high[0, 0] == pytest.approx(theirs.confidence_interval.high, abs=0.015)
-    assert abs(percentile[0] - low[0, 0]) > 0.04, "the correction must matter in this example"
+    models = pd.DataFrame({"stat.spread": x, "acc.pgd@mean": y})
+    found = correlate(models, "stat.spread", "acc.pgd@mean", method="pearson", n_bootstrap=9999, n_permutations=1)
+    assert found.ci_low == pytest.approx(theirs.confidence_interval.low, abs=0.01)
+    assert found.ci_high == pytest.approx(theirs.confidence_interval.high, abs=0.004)
+
+
+def test_correction_of_the_interval() -> None:
+    """Draws off-centre and influence askew, put through the published formula by hand."""
+    rng = np.random.default_rng(0)
+    draws, influence, observed = rng.beta(5, 2, 4999), rng.exponential(size=15) ** 3, 0.65
+    low, high = bca_interval(np.array([[observed]]), draws[:, None, None], influence[:, None, None])
+    bias = stats.norm.ppf((draws < observed).mean())
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    assert abs(bias) > 0.1
+    assert abs(acceleration) > 0.03
+    for bound, tail in ((low, -1.96), (high, 1.96)):
+        level = stats.norm.cdf(bias + (bias + tail) / (1 - acceleration * (bias + tail)))
+        assert bound[0, 0] == pytest.approx(np.quantile(draws, level), abs=1e-4)
+    flat = bca_interval(np.ones((1, 1)), np.ones((50, 1, 1)), np.zeros((15, 1, 1)))
+    assert flat[0] == flat[1] == 1
 
 
 @pytest.mark.parametrize(("relation", "n"), [(0.0, 24), (0.8, 12)])
@@ -268,6 +279,12 @@ def test_pooled_needs_two_groups_with_a_coefficient() -> None:
     constant = _models(1, 8, "cifar10").assign(**{"acc.pgd@mean": 0.0})
     table = correlation_table(pd.concat([one, constant], ignore_index=True), **FAST)
     assert set(table.loc[table["data"] == "pooled", "attack"]) == {"clean"}
+    third = _models(2, 5, "digits")
+    table = correlation_table(pd.concat([one, constant, third], ignore_index=True), **FAST)
+    row = _cell(table, "pooled")
+    assert row["n_models"] == 13
+    mean = (8 * _cell(table)["coefficient"] + 5 * _cell(table, "digits")["coefficient"]) / 13
+    assert row["coefficient"] == pytest.approx(mean)
 
 
 def test_a_constant_column_has_no_coefficient_and_stays_out_of_the_correction() -> None:

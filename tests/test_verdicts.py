@@ -1,0 +1,206 @@
+"""Every clause of the verdict rules, one at a time, on figures given by hand."""
+
+import math
+
+import pytest
+
+from drs.correlation import Correlation
+from drs.verdicts import (
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    WEAK_ONLY,
+    Difference,
+    Reading,
+    decide_clean,
+    decide_correlation,
+    decide_robustness,
+    decide_time,
+    least_favourable,
+)
+
+NAN = math.nan
+WEAK, WORST = ("fgsm@mean", "pgd@mean"), ("worst_linf@mean", "worst_l2@mean")
+
+
+def _reading(
+    models: tuple[float, float, float] = (-0.8, -0.9, -0.6),
+    alone: tuple[float, float, float] = (-0.7, -0.9, -0.4),
+    settings: float = -0.9,
+    *,
+    q: float = 0.01,
+    alone_p: float = 0.01,
+    settings_p: float = 0.01,
+    n: int = 24,
+    n_alone: int = 20,
+    n_weights: int = 5,
+    n_settings: int = 6,
+) -> Reading:
+    """An attack that passes, unless told otherwise."""
+    return Reading(
+        models=Correlation(n, *models, q / 2, NAN),
+        q_value=q,
+        alone=Correlation(n_alone, *alone, alone_p, NAN),
+        alone_settings=n_weights,
+        settings=Correlation(n_settings, settings, NAN, NAN, settings_p, NAN),
+    )
+
+
+def _correlation(weak: Reading, worst: Reading | None = None, *, strong: bool = True) -> str:
+    readings = dict.fromkeys(WEAK, weak) | (dict.fromkeys(WORST, worst) if worst else {})
+    return decide_correlation(readings, strong_suite=strong).verdict
+
+
+PASSES = _reading()
+NOTHING = _reading((0.05, -0.4, 0.4), (0.0, -0.45, 0.45), 0.1, q=0.8, alone_p=0.9, settings_p=0.9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"models": (-0.8, -0.9, 0.01)},
+        {"q": 0.05},
+        {"alone": (0.7, 0.4, 0.9)},
+        {"alone": (NAN, NAN, NAN)},
+        {"alone_p": 0.05},
+        {"settings": 0.9},
+        {"settings": NAN},
+        {"settings_p": 0.05},
+    ],
+)
+def test_an_attack_passes_only_if_every_check_does(change: dict[str, object]) -> None:
+    assert _correlation(PASSES, PASSES) == SUPPORTED
+    broken = _reading(**change)  # type: ignore[arg-type]
+    assert _correlation(PASSES, broken) == WEAK_ONLY
+    for attack in WEAK:
+        readings = dict.fromkeys([*WEAK, *WORST], PASSES) | {attack: broken}
+        assert decide_correlation(readings, strong_suite=True).verdict not in (SUPPORTED, WEAK_ONLY)
+
+
+def test_a_positive_correlation_passes_too() -> None:
+    up = _reading((0.8, 0.6, 0.9), (0.7, 0.4, 0.9), 0.9)
+    assert _correlation(up, up) == SUPPORTED
+
+
+def test_nothing_is_better_than_weak_without_the_strong_suite() -> None:
+    assert _correlation(PASSES, PASSES, strong=False) == WEAK_ONLY
+    assert _correlation(PASSES) == WEAK_ONLY
+
+
+def test_no_correlation() -> None:
+    assert _correlation(NOTHING, NOTHING) == _correlation(NOTHING) == NOT_SUPPORTED
+    assert _correlation(NOTHING, PASSES) == INCONCLUSIVE
+    for change in ((0.05, -0.5, 0.4), (0.05, -0.4, 0.5)):
+        assert _correlation(_reading(change, q=0.8)) == INCONCLUSIVE
+    for settings in (0.5, -0.5, NAN):
+        assert _correlation(_reading((0.05, -0.4, 0.4), settings=settings, q=0.8)) == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("beyond", "change", "verdict"),
+    [
+        (0.49, {}, NOT_SUPPORTED),
+        (0.5, {}, INCONCLUSIVE),
+        (-0.2, {}, NOT_SUPPORTED),
+        (0.49, {"n_alone": 7}, INCONCLUSIVE),
+        (0.49, {"n_weights": 4}, INCONCLUSIVE),
+        (0.49, {"q": 0.05}, INCONCLUSIVE),
+    ],
+)
+def test_a_correlation_that_only_the_difference_between_losses_makes(
+    sign: int, beyond: float, change: dict[str, object], verdict: str
+) -> None:
+    def signed(value: float, inner: float, outer: float) -> tuple[float, float, float]:
+        return (value, inner, outer) if sign > 0 else (-value, -outer, -inner)
+
+    cluster = _reading(
+        signed(0.8, 0.6, 0.9), signed(beyond - 0.3, beyond - 0.6, beyond), sign * 0.6, alone_p=0.6, **change
+    )  # type: ignore[arg-type]
+    assert _correlation(cluster, cluster) == verdict
+
+
+@pytest.mark.parametrize(("change", "reason"), [({"n": 7}, "7 usable models"), ({"n_settings": 4}, "4 settings")])
+def test_too_little_to_correlate(change: dict[str, int], reason: str) -> None:
+    few = _reading(**change)  # type: ignore[arg-type]
+    decision = decide_correlation(dict.fromkeys([*WEAK, *WORST], few), strong_suite=True)
+    assert decision.verdict == INCONCLUSIVE
+    assert reason in decision.reason
+    assert _correlation(_reading(n=8, n_settings=5), PASSES) == SUPPORTED
+
+
+def test_missing_coefficients() -> None:
+    for attack in WEAK:
+        decision = decide_correlation({attack: PASSES}, strong_suite=True)
+        assert decision.verdict == INCONCLUSIVE
+        assert decision.reason.startswith("no coefficient for ")
+    assert _correlation(_reading((NAN, NAN, NAN), q=NAN), PASSES) == INCONCLUSIVE
+
+
+def _gain(low: float, high: float, n: int = 4) -> Difference:
+    return Difference(n, (low + high) / 2, low, high)
+
+
+def _robustness(weak: Difference, worst: Difference | None = None, *, strong: bool = True) -> str:
+    differences = dict.fromkeys(WEAK, weak) | (dict.fromkeys(WORST, worst) if worst else {})
+    return decide_robustness(differences, strong_suite=strong).verdict
+
+
+def test_robustness() -> None:
+    gain, none, unknown = _gain(0.001, 0.01), _gain(-0.01, 0.019), _gain(-0.1, 0.1)
+    assert _robustness(gain, gain) == SUPPORTED
+    assert _robustness(gain, gain, strong=False) == _robustness(gain, none) == _robustness(gain) == WEAK_ONLY
+    assert _robustness(none, none) == _robustness(none) == NOT_SUPPORTED
+    assert _robustness(_gain(-0.01, 0.02)) == _robustness(unknown, none) == INCONCLUSIVE
+    assert _robustness(none, gain) == INCONCLUSIVE
+    assert _robustness(_gain(0.0, 0.1), gain) == INCONCLUSIVE
+
+
+def test_robustness_with_few_pairs() -> None:
+    gain = _gain(0.01, 0.02, n=3)
+    assert _robustness(gain, gain) == SUPPORTED
+    assert _robustness(_gain(0.01, 0.02, n=2), gain) == INCONCLUSIVE
+    assert _robustness(gain, _gain(0.01, 0.02, n=2)) == WEAK_ONLY
+    assert _robustness(_gain(NAN, NAN, n=1), gain) == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("attack", WEAK)
+def test_robustness_needs_both_weak_attacks(attack: str) -> None:
+    gain = _gain(0.01, 0.02)
+    assert decide_robustness({attack: gain}, strong_suite=True).verdict == INCONCLUSIVE
+    mixed = {**dict.fromkeys([*WEAK, *WORST], gain), attack: _gain(-0.01, 0.1)}
+    assert decide_robustness(mixed, strong_suite=True).verdict == INCONCLUSIVE
+
+
+def test_time() -> None:
+    assert decide_time(0.9, 1.049).verdict == SUPPORTED
+    assert decide_time(1.051, 1.2).verdict == NOT_SUPPORTED
+    for interval in ((0.9, 1.05), (1.05, 1.2), (0.9, 1.2), (NAN, NAN)):
+        assert decide_time(*interval).verdict == INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("high", "p", "settings", "settings_p", "verdict"),
+    [
+        (0.49, 0.5, 0.49, 0.5, SUPPORTED),
+        (0.5, 0.5, 0.0, 0.5, INCONCLUSIVE),
+        (0.4, 0.5, 0.5, 0.1, INCONCLUSIVE),
+        (0.9, 0.049, 0.8, 0.049, NOT_SUPPORTED),
+        (0.4, 0.049, 0.3, 0.05, INCONCLUSIVE),
+        (0.4, 0.05, 0.3, 0.049, INCONCLUSIVE),
+    ],
+)
+def test_clean_accuracy(high: float, p: float, settings: float, settings_p: float, verdict: str) -> None:
+    models = Correlation(24, high - 0.3, high - 0.6, high, NAN, p)
+    over_settings = Correlation(6, settings, NAN, NAN, NAN, settings_p)
+    assert decide_clean(models, over_settings).verdict == verdict
+    assert decide_clean(Correlation(7, 0.1, -0.2, 0.4, 0.5, p), over_settings).verdict == INCONCLUSIVE
+    assert decide_clean(models, Correlation(4, settings, NAN, NAN, NAN, settings_p)).verdict == INCONCLUSIVE
+    assert decide_clean(Correlation(24, NAN, NAN, NAN, NAN, NAN), over_settings).verdict == INCONCLUSIVE
+
+
+def test_least_favourable() -> None:
+    assert least_favourable([SUPPORTED, INCONCLUSIVE]) == SUPPORTED
+    assert least_favourable([NOT_SUPPORTED, SUPPORTED, WEAK_ONLY]) == NOT_SUPPORTED
+    assert least_favourable([WEAK_ONLY, SUPPORTED]) == WEAK_ONLY
+    assert least_favourable([INCONCLUSIVE]) == least_favourable([]) == INCONCLUSIVE
