@@ -218,7 +218,7 @@ def unknown_key(key: str, known: list[str]) -> str:
 def _plain(config: DictConfig) -> dict[str, Any]:
     try:
         # Hydra's own section, there when a sweep is planned, holds values that only a running job has.
-        ours = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -263,9 +263,13 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     attacks: dict[str, AttackConfig] = {}
     for name, section in (suite.get("attacks") or {}).items():
         attacks[name] = typed(attack_schema(name, section), section, f"suite.attacks.{name}.")
-    flat_suite = typed(_flat(SuiteConfig, {"attacks": None}), {k: v for k, v in suite.items() if k != "attacks"}, "suite.")
+    flat_suite = typed(
+        _flat(SuiteConfig, {"attacks": None}), {k: v for k, v in suite.items() if k != "attacks"}, "suite."
+    )
     nested: dict[str, Any] = {
-        "suite": SuiteConfig(attacks=attacks, **{item.name: getattr(flat_suite, item.name) for item in fields(flat_suite)}),
+        "suite": SuiteConfig(
+            attacks=attacks, **{item.name: getattr(flat_suite, item.name) for item in fields(flat_suite)}
+        ),
         "tracking": typed(TrackingConfig, plain.get("tracking"), "tracking."),
     }
     flat = typed(_flat(EvaluateConfig, nested), {k: v for k, v in plain.items() if k not in nested})
@@ -314,7 +318,9 @@ def check_study(study: str) -> None:
 
 def check_device_name(device: str) -> None:
     """Raise ``UserError`` unless ``device`` reads like auto, cpu, cuda, cuda:N or mps."""
-    _require(bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)), "device", device, "auto, cpu, cuda, cuda:N or mps")
+    _require(
+        bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)), "device", device, "auto, cpu, cuda, cuda:N or mps"
+    )
 
 
 def check_tracking(tracking: TrackingConfig) -> None:
@@ -336,11 +342,18 @@ def check_train(config: TrainConfig) -> None:
     _require(config.data.validation >= 0, "data.validation", config.data.validation, "at least 0")
     _require(config.data.padding >= 0, "data.padding", config.data.padding, "at least 0")
     samples = config.data.train_samples
-    _require(samples is None or samples >= config.batch_size, "data.train_samples", samples, "null or at least batch_size")
+    _require(
+        samples is None or samples >= config.batch_size, "data.train_samples", samples, "null or at least batch_size"
+    )
     optim = config.optim
     _one_of("optim.name", optim.name, ("sgd", "adam", "adamw"))
     _one_of("optim.schedule", optim.schedule, ("constant", "cosine", "one_cycle"))
-    _require(math.isfinite(optim.learning_rate) and optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "above 0")
+    _require(
+        math.isfinite(optim.learning_rate) and optim.learning_rate > 0,
+        "optim.learning_rate",
+        optim.learning_rate,
+        "above 0",
+    )
     _require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
     _require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "at least 0 and below 1")
     _require(not optim.nesterov or optim.momentum > 0, "optim.nesterov", optim.nesterov, "false where momentum is 0")

@@ -56,7 +56,11 @@ class Cell:
     @property
     def title(self) -> str:
         """The cell's attack and bound, for progress output."""
-        return self.attack if math.isinf(self.epsilon.value) or self.config is None else f"{self.attack}@{self.epsilon.label}"
+        return (
+            self.attack
+            if math.isinf(self.epsilon.value) or self.config is None
+            else f"{self.attack}@{self.epsilon.label}"
+        )
 
 
 def is_bounded(config: AttackConfig) -> bool:
@@ -124,7 +128,9 @@ def clean_logits(model: nn.Module, data: LabelledImages, source: str) -> torch.T
     return torch.cat(parts)
 
 
-def fill_cell(cell: Cell, model: nn.Module, device: torch.device, on_batch: Callable[[int], None] | None = None) -> float:
+def fill_cell(
+    cell: Cell, model: nn.Module, device: torch.device, on_batch: Callable[[int], None] | None = None
+) -> float:
     """Compute a cell and write its arrays; return the seconds it took.
 
     The arrays: ``indices`` (sample ids), ``labels``, ``logits`` (of the adversarial images; of the clean one where
@@ -186,7 +192,10 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     cells = {run.run_id: plan_cells(run, config.suite) for run in runs}
     missing = {name: [cell for cell in planned if not cell.path.exists()] for name, planned in cells.items()}
     total = sum(len(planned) for planned in missing.values())
-    print(f"{config.study}: {len(runs)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute", flush=True)
+    print(
+        f"{config.study}: {len(runs)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute",
+        flush=True,
+    )
     began = time.perf_counter()
     todo = [(run, missing[run.run_id]) for run in runs if missing[run.run_id]]
     with _bar(total, config.progress) as bar:
@@ -194,13 +203,17 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
             started = time.perf_counter()
             model = run.load_model(device)
             for cell in planned:
-                bar.set_postfix_str(f"run {position}/{len(todo)} {cell.train.data.name} {cell.train.loss.name} {cell.title}")
+                bar.set_postfix_str(
+                    f"run {position}/{len(todo)} {cell.train.data.name} {cell.train.loss.name} {cell.title}"
+                )
                 fill_cell(cell, model, device)
                 bar.update()
             if config.progress and bar.disable:
                 now = time.perf_counter()
                 left = (now - began) / position * (len(todo) - position)
-                print(f"evaluated run {position}/{len(todo)} ({now - started:.0f} s), about {left:.0f} s left", flush=True)
+                print(
+                    f"evaluated run {position}/{len(todo)} ({now - started:.0f} s), about {left:.0f} s left", flush=True
+                )
     return StudyEvaluation(study, [cell for planned in cells.values() for cell in planned], total)
 
 

@@ -15,9 +15,9 @@ def landing_row(clean: dict[str, np.ndarray], attacked: dict[str, np.ndarray]) -
         attacked: The same after it, for the first n of those samples.
 
     Returns:
-        ``n_flips`` (samples right before and wrong after), ``runner_up_rate`` (share of flips that end in the class with
-        the largest clean softmax value after the label's), ``chance`` (1/(K-1)) and ``matrix_correlation`` (Pearson over
-        the off-diagonal entries of the two matrices); and the matrices ``[2, K, K]``: the class-mean softmax and the
+        ``n_flips`` (samples right before and wrong after), ``runner_up_rate`` (share of flips that end in the class
+        with the largest clean softmax value after the label's), ``chance`` (1/(K-1)) and ``matrix_correlation``
+        (Pearson over the off-diagonal entries of the two matrices); and the matrices ``[2, K, K]``: the class-mean softmax and the
         post-attack confusion counts, each row divided by its off-diagonal sum (NaN where that is 0).
     """
     count, classes = attacked["logits"].shape

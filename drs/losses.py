@@ -80,9 +80,10 @@ def distribution_penalty(
         space: The values s: ``log_softmax`` (default), ``softmax`` (the literal reading of the paper's abstract) or
             ``logits`` (what the authors' code computes).
         center: ``non_label`` (default): m is the mean over the K-1 non-label classes; the penalty does not change
-            when a constant is added to every value, so ``log_softmax`` and ``logits`` agree. ``all_classes``: m is the sum over
-            the non-label classes divided by K, as in the authors' second version; m then falls short of the mean,
-            so the non-label mean itself is penalised too, and a shift of the values changes the penalty.
+            when a constant is added to every value, so ``log_softmax`` and ``logits`` agree. ``all_classes``: m is
+            the sum over the non-label classes divided by K, as in the authors' second version; m then falls short of
+            the mean, so the non-label mean itself is penalised too, and a shift of the values changes the penalty
+            (``log_softmax`` undoes a shift of the logits first; ``space="logits"`` is the authors' loss).
 
     Returns:
         ``[B]``, float32 (float64 for float64 logits), not negative; 0 for K = 2 with ``center="non_label"``.
@@ -259,7 +260,9 @@ class ComplementObjectiveLoss(ClassificationLoss):
 
 
 class LogitSqueezingLoss(ClassificationLoss):
-    """Logit squeezing, Kannan et al. 2018 (arXiv 1803.06373, section 4.2): cross-entropy plus ``weight * mean_i |z_i|_2``.
+    """Logit squeezing, Kannan et al. 2018 (arXiv 1803.06373, section 4.2).
+
+    Cross-entropy plus ``weight * mean_i |z_i|_2``.
 
     Args:
         weight: Weight of the norm.
@@ -280,7 +283,9 @@ class LogitSqueezingLoss(ClassificationLoss):
 
 
 class ConfidencePenaltyLoss(ClassificationLoss):
-    """Confidence penalty, Pereyra et al. 2017 (arXiv 1701.06548, eq. 2): cross-entropy minus ``weight * mean_i H(p_i)``.
+    """Confidence penalty, Pereyra et al. 2017 (arXiv 1701.06548, eq. 2).
+
+    Cross-entropy minus ``weight * mean_i H(p_i)``.
 
     Args:
         weight: Weight of the entropy, in nats.

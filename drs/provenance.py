@@ -19,7 +19,11 @@ PACKAGES = ("torch", "torchvision", "torchattacks", "foolbox", "numpy", "scipy",
 
 
 def describe_study(
-    config: EvaluateConfig, trained: list[TrainConfig], train_seconds: float, attack_seconds: float, device: torch.device
+    config: EvaluateConfig,
+    trained: list[TrainConfig],
+    train_seconds: float,
+    attack_seconds: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Return the content of ``provenance.json``."""
     names = sorted({item.data.name for item in trained})
@@ -38,7 +42,8 @@ def describe_study(
         "data": {name: _digests(name, cache[name]) for name in names},
         "attacks": {name: asdict(attack) for name, attack in suite.attacks.items()},
         "epsilons": {
-            name: {norm: [epsilon.label for epsilon in suite_epsilons(suite, name, norm)] for norm in norms} for name in names
+            name: {norm: [epsilon.label for epsilon in suite_epsilons(suite, name, norm)] for norm in norms}
+            for name in names
         },
         "n_attacked": {name: suite_samples(suite, name) for name in names},
     }

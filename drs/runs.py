@@ -122,7 +122,9 @@ def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
             found = (file.metadata() or {}).get("architecture", "an unnamed architecture")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); delete the run's folder to train it again") from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); delete the run's folder to train it again"
+        ) from None
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != given:
@@ -163,7 +165,9 @@ def finished_runs(study: Path) -> list[RunFolder]:
     if not (study / "runs").is_dir():
         others = sorted(path.parent.name for path in study.parent.glob("*/runs")) if study.parent.is_dir() else []
         known = f"studies there: {', '.join(others)}" if others else "there is no study there yet"
-        raise UserError(f"study={study.name}: no runs under {study}; {known}; train one with scripts/train.py study={study.name}")
+        raise UserError(
+            f"study={study.name}: no runs under {study}; {known}; train one with scripts/train.py study={study.name}"
+        )
     runs = list(iterate_runs(study))
     done = [run for run in runs if run.status().get("state") == "done"]
     if not done:
@@ -198,5 +202,3 @@ def load_arrays_file(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a whole array file ({error}); delete it and evaluate the study again") from None
-
-

@@ -64,7 +64,9 @@ def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str
         for cell in planned[1:]:
             item, pair = landing_row(clean, arrays[cell.path])
             label = cell.epsilon.label
-            landing.append({**named, "attack": cell.attack, "epsilon_label": label, **item, "excluded": row["excluded"]})
+            landing.append(
+                {**named, "attack": cell.attack, "epsilon_label": label, **item, "excluded": row["excluded"]}
+            )
             if not row["excluded"] and _has_matrices(cell, suite):
                 matrices[(*_group(named), cell.attack, label)].append(pair)
         metrics = pd.read_csv(run.path / "metrics.csv")
@@ -196,7 +198,9 @@ def _profile_rows(profiles: dict[tuple[Any, ...], list[np.ndarray]]) -> list[dic
         count = sum(len(part) for part in parts)
         for rank in range(len(median)):
             named = dict(zip(("data", "model", "loss", "loss_weight"), key, strict=True))
-            rows.append({**named, "rank": rank + 1, "q25": low[rank], "median": median[rank], "q75": high[rank], "n": count})
+            rows.append(
+                {**named, "rank": rank + 1, "q25": low[rank], "median": median[rank], "q75": high[rank], "n": count}
+            )
     return rows
 
 
@@ -205,7 +209,9 @@ def _failures(study: Path) -> list[dict[str, Any]]:
     for run in iterate_runs(study):
         status = run.status()
         if status.get("state") == "failed":
-            rows.append({**describe(run.run_id, run.config()), "reason": status.get("reason"), "epoch": status.get("epoch")})
+            rows.append(
+                {**describe(run.run_id, run.config()), "reason": status.get("reason"), "epoch": status.get("epoch")}
+            )
     return rows
 
 

@@ -60,13 +60,15 @@ def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200,
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     baseline_ms, loss_ms = 1e3 * np.median(seconds, axis=0)
     values = [
-        config.data.name, config.model.name, config.loss.name, loss_weight(config.loss), "ce", config.batch_size, n_pairs,
-        baseline_ms, loss_ms, float(np.median(ratios)), low, high, device.type,
+        config.data.name, config.model.name, config.loss.name, loss_weight(config.loss), "ce", config.batch_size,
+        n_pairs, baseline_ms, loss_ms, float(np.median(ratios)), low, high, device.type,
     ]  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def update_timing(configs: list[TrainConfig], known: pd.DataFrame, device: torch.device, *, measure: bool) -> pd.DataFrame:
+def update_timing(
+    configs: list[TrainConfig], known: pd.DataFrame, device: torch.device, *, measure: bool
+) -> pd.DataFrame:
     """Return ``known`` with a row for every setting of a dr_softmax run that it lacks.
 
     A setting is a data set, architecture, weight, batch size and device type. With ``measure`` off only known rows

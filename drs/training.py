@@ -299,7 +299,9 @@ class _ProgressBar:
     def step(self, epoch: int, guard: _FiniteLoss) -> None:
         if self.terminal:
             if guard.count % CHECK_EVERY_DEFAULT == 0:
-                self.bar.set_postfix_str(f"epoch {epoch}/{self.epochs} loss {guard.latest():.3f}{self.accuracy}", refresh=False)
+                self.bar.set_postfix_str(
+                    f"epoch {epoch}/{self.epochs} loss {guard.latest():.3f}{self.accuracy}", refresh=False
+                )
             self.bar.update()
 
     def epoch(self, row: dict[str, float]) -> None:
@@ -312,8 +314,7 @@ class _ProgressBar:
             row = self.last
             print(
                 f"{self.title}: epoch {int(row['epoch'])}/{self.epochs}, loss {row['train_loss']:.4f}, "
-                f"train accuracy {row['train_accuracy']:.2%}, validation accuracy {row['val_accuracy']:.2%} ({self.run_id})",
+                f"train accuracy {row['train_accuracy']:.2%}, validation accuracy {row['val_accuracy']:.2%} "
+                f"({self.run_id})",
                 flush=True,
             )
-
-

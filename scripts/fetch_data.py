@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from drs.config import project_path  # noqa: E402
-from drs.data import dataset, fetch_all  # noqa: E402
-from drs.data_sources import DATASETS  # noqa: E402
-from drs.entrypoint import fail  # noqa: E402
-from drs.errors import UserError  # noqa: E402
+from drs.config import project_path
+from drs.data import DATASETS, dataset, fetch_all
+from drs.data_sources import NoSourceError
+from drs.entrypoint import fail
+from drs.errors import UserError
 
 
 def main() -> None:
@@ -22,18 +22,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch and verify data sets.")
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(DATASETS)}; all by default")
     names = parser.parse_args().names
+    wanted = list(dict.fromkeys(names)) or list(DATASETS)
     try:
-        for name in names:
+        for name in wanted:
             dataset(name)
+        cache = project_path(os.environ.get("DRS_CACHE", "data"))
+        failures = fetch_all(wanted, os.environ.get("DRS_DATA"), cache)
     except UserError as error:
         fail(str(error))
-    wanted = names or list(DATASETS)
-    cache = project_path(os.environ.get("DRS_CACHE", "data"))
-    failures = fetch_all(wanted, os.environ.get("DRS_DATA"), cache)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     for name in wanted:
-        print(f"{name}: {'not available here: ' + failures[name] if name in failures else 'ready'}")
+        print(f"{name:<14} {describe(failures.get(name))}")
     if failures and (names or len(failures) == len(wanted)):
         fail(f"{len(failures)} of {len(wanted)} data sets cannot be had here: {', '.join(failures)}")
+
+
+def describe(failure: UserError | None) -> str:
+    """Return what a data set's line in the table says: ready, or why it is not, a line per source."""
+    if failure is None:
+        return "ready"
+    if isinstance(failure, NoSourceError):
+        return "\n    ".join(["not available here", *failure.tried, failure.remedy])
+    return f"refused: {failure}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from drs.config import train_config  # noqa: E402
-from drs.entrypoint import report_mistakes, run_entrypoint  # noqa: E402
+from drs.config import train_config
+from drs.entrypoint import report_mistakes, run_entrypoint
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

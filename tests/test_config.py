@@ -31,9 +31,23 @@ def run_script(tmp_path: Path, script: str, *arguments: str) -> subprocess.Compl
 
 def test_identity_leaves_out_what_does_not_decide_the_result() -> None:
     config = train()
-    for other in ("study=other", "device=cpu", "progress=false", "results_dir=/elsewhere", "data.cache=x", "data.root=y"):
+    for other in (
+        "study=other",
+        "device=cpu",
+        "progress=false",
+        "results_dir=/elsewhere",
+        "data.cache=x",
+        "data.root=y",
+    ):
         assert run_id(train(other)) == run_id(config), other
-    for other in ("seed=1", "loss.weight=0.1", "epochs=3", "optim.learning_rate=0.2", "data.validation=100", "model=mlp"):
+    for other in (
+        "seed=1",
+        "loss.weight=0.1",
+        "epochs=3",
+        "optim.learning_rate=0.2",
+        "data.validation=100",
+        "model=mlp",
+    ):
         assert run_id(train(other)) != run_id(config), other
 
 
@@ -43,7 +57,9 @@ def test_equal_numbers_have_equal_identity() -> None:
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100"])
-@pytest.mark.parametrize("loss", ["ce", "dr_softmax", "label_smoothing", "gce", "cot", "logit_squeezing", "confidence_penalty"])
+@pytest.mark.parametrize(
+    "loss", ["ce", "dr_softmax", "label_smoothing", "gce", "cot", "logit_squeezing", "confidence_penalty"]
+)
 def test_every_data_set_and_loss_composes(data: str, loss: str) -> None:
     config = train(f"data={data}", f"loss={loss}", "model=resnet9", "optim=sgd")
     assert (config.data.name, config.loss.name) == (data, loss)
@@ -86,16 +102,26 @@ def test_epsilon_is_a_number_or_a_fraction(text: object, norm: str, value: float
 
 @pytest.mark.parametrize(
     ("text", "norm", "message"),
-    [(0, "linf", "above 0"), (-1, "l2", "above 0"), (8, "linf", "8 of 255 grey levels is 8/255"), ("x", "l2", "a number"),
-     ("1/0", "l2", "a number"), (128, "l2", "at most 100"), ("nan", "linf", "a number")],
-)  # fmt: skip
+    [
+        (0, "linf", "above 0"),
+        (-1, "l2", "above 0"),
+        (8, "linf", "8 of 255 grey levels is 8/255"),
+        ("x", "l2", "a number"),
+        ("1/0", "l2", "a number"),
+        (128, "l2", "at most 100"),
+        ("nan", "linf", "a number"),
+    ],
+)
 def test_bad_epsilon_is_refused(text: object, norm: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_epsilon(text, norm, "key")
 
 
 def test_grid_is_a_union_of_products_and_arguments_win() -> None:
-    grid = [{"data": "mnist", "loss": "ce", "seed": "0,1"}, {"data": "cifar10", "loss": "dr_softmax", "loss.weight": "0.1,0.2", "seed": 0}]
+    grid = [
+        {"data": "mnist", "loss": "ce", "seed": "0,1"},
+        {"data": "cifar10", "loss": "dr_softmax", "loss.weight": "0.1,0.2", "seed": 0},
+    ]
     jobs = expand_grid(grid, ["study=s"])
     assert ["data=mnist", "loss=ce", "seed=1", "study=s"] in jobs
     assert len(jobs) == 4
@@ -148,7 +174,9 @@ def test_experiments_compose_for_both_entrypoints(experiment: str) -> None:
         ("evaluate.py", ["suite.attacks.pgd.kind=pdg"], ["suite.attacks.pgd.kind=pdg", "pgd"]),
     ],
 )
-def test_mistake_on_the_command_line_is_one_line(tmp_path: Path, script: str, arguments: list[str], words: list[str]) -> None:
+def test_mistake_on_the_command_line_is_one_line(
+    tmp_path: Path, script: str, arguments: list[str], words: list[str]
+) -> None:
     done = run_script(tmp_path, script, *arguments)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2

@@ -66,7 +66,9 @@ def check_pixels(images: Tensor, source: str) -> None:
     if not (math.isfinite(low) and math.isfinite(high)):
         raise UserError(f"{source}: a pixel is not finite")
     if low < -SLACK or high > 1 + SLACK:
-        raise UserError(f"{source}: pixels lie in [{low:g}, {high:g}], but must lie in [0, 1]; normalise inside the model")
+        raise UserError(
+            f"{source}: pixels lie in [{low:g}, {high:g}], but must lie in [0, 1]; normalise inside the model"
+        )
 
 
 def check_epsilon(epsilon: float, norm: str) -> None:
@@ -81,14 +83,18 @@ def check_eval_mode(model: nn.Module) -> None:
     """Raise ``UserError`` if any module of the model is in training mode."""
     for name, module in model.named_modules():
         if module.training:
-            raise UserError(f"the model is in training mode (module '{name or 'the model itself'}'); call model.eval() first")
+            raise UserError(
+                f"the model is in training mode (module '{name or 'the model itself'}'); call model.eval() first"
+            )
 
 
 def check_logits(logits: Tensor, source: str) -> None:
     """Raise ``UserError`` if a logit is not finite: the argmax of NaN is class 0, so a dead model would look robust."""
     bad = ~torch.isfinite(logits).all(dim=1)
     if bool(bad.any()):
-        raise UserError(f"{source}: {int(bad.sum())} of {len(logits)} samples have logits that are not finite; the model is broken")
+        raise UserError(
+            f"{source}: {int(bad.sum())} of {len(logits)} samples have logits that are not finite; the model is broken"
+        )
 
 
 def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm: str, name: str) -> None:
@@ -109,7 +115,11 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), torch.autocast(_device_type(model), enabled=False):
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.enable_grad(),
+        torch.autocast(_device_type(model), enabled=False),
+    ):
         torch.manual_seed(seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         for parameter in flags:
@@ -154,7 +164,7 @@ def run_attack(
         model: In eval mode; takes pixels in [0,1] and returns logits.
         images: ``[N, C, H, W]`` float32 in [0,1].
         labels: ``[N]`` int64, true classes.
-        epsilon: The bound in pixel units, for a bounded attack.
+        epsilon: The bound in pixel units; an attack without a bound ignores it.
         batch_size: Samples per batch.
         seed: Each batch is seeded with it and its own position.
         on_batch: Called with the number of samples just finished.
@@ -166,6 +176,8 @@ def run_attack(
     check_eval_mode(model)
     if attack.bounded:
         check_epsilon(epsilon, attack.norm)
+    else:
+        epsilon = math.inf
     logits, distances = [], []
     for start in range(0, len(images), batch_size):
         clean, truth = images[start : start + batch_size], labels[start : start + batch_size]

@@ -49,6 +49,10 @@ class PGD:
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         """See ``drs.attacks.contract.Attack``."""
         attack = torchattacks.PGD(
-            model, eps=epsilon, alpha=self.relative_step_size * epsilon, steps=self.steps, random_start=self.random_start
+            model,
+            eps=epsilon,
+            alpha=self.relative_step_size * epsilon,
+            steps=self.steps,
+            random_start=self.random_start,
         )
         return call_torchattacks(attack, images, labels)

@@ -21,7 +21,7 @@ class GridSweeper(BasicSweeper):
         """Run the sweep and return its jobs' results; the last line printed counts done, skipped and failed."""
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         grid = OmegaConf.to_container(self.grid) if isinstance(self.grid, ListConfig) else self.grid
-        jobs = expand_grid(grid, arguments)  # type: ignore[arg-type]
+        jobs = expand_grid(grid, arguments)
         seen: dict[str, list[str]] = {}
         for job in jobs:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
@@ -39,7 +39,7 @@ class GridSweeper(BasicSweeper):
         )
         for result in failed:
             print(f"  {result.detail} ({result.folder})")
-        for job in errors:
+        for failure in errors:
             # Only a failed job's own accessor re-raises its error.
-            _ = job.return_value
+            _ = failure.return_value
         return results
