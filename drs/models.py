@@ -1,5 +1,7 @@
 """Architectures; each takes pixels in [0,1] and normalises them in its first layer."""
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +26,9 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise UserError(f"data.mean={list(mean)}, data.std={list(std)}: as many of each are required, and std above 0")
+            raise UserError(
+                f"data.mean={list(mean)}, data.std={list(std)}: as many of each are required, and std above 0"
+            )
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
@@ -46,7 +50,7 @@ def mlp(num_classes: int, channels: int, size: int, width: int = 256) -> nn.Modu
 
 
 def lenet(num_classes: int, channels: int, size: int) -> nn.Module:
-    """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; images of 28 pixels are padded by 2 as in the original."""
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; images below 32 pixels are padded by 2, as there."""
     padding = 2 if size < 32 else 0
     side = ((size + 2 * padding - 4) // 2 - 4) // 2
     if side < 1:
@@ -107,9 +111,12 @@ class _Scale(nn.Module):
 
 
 def resnet9(num_classes: int, channels: int, size: int, width: int = 64, logit_scale: float = 0.125) -> nn.Module:
-    """The nine-layer residual network of the DAWNBench fast-training entries (Page 2018, "How to train your ResNet")."""
-    if size < 16:
-        raise UserError(f"model=resnet9: needs images of at least 16 pixels, but data.size={size}; use model=mlp")
+    """The nine-layer network of the DAWNBench fast-training entries (Page 2018, "How to Train Your ResNet").
+
+    ``logit_scale`` is theirs, 1/8: it keeps the first logits small.
+    """
+    if size < 8:
+        raise UserError(f"model=resnet9: needs images of at least 8 pixels, but data.size={size}; use model=mlp")
     return nn.Sequential(
         _conv(channels, width),
         _conv(width, 2 * width, pool=True),
@@ -125,7 +132,7 @@ def resnet9(num_classes: int, channels: int, size: int, width: int = 64, logit_s
 
 
 def resnet18(num_classes: int, channels: int, size: int) -> nn.Module:
-    """torchvision's ResNet-18 (He et al. 2016) with the CIFAR stem: a 3x3 convolution of stride 1 and no max-pooling."""
+    """torchvision's ResNet-18 (He et al. 2016) with the CIFAR stem: 3x3 convolution of stride 1, no max-pooling."""
     network: nn.Module = import_torchvision().models.resnet18(num_classes=num_classes)
     network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
@@ -136,12 +143,17 @@ def vgg16_bn(num_classes: int, channels: int, size: int) -> nn.Module:
     """torchvision's VGG-16 with batch normalisation (Simonyan and Zisserman 2015), for CIFAR: one linear classifier."""
     if size < 32:
         raise UserError(f"model=vgg16_bn: needs images of at least 32 pixels, but data.size={size}; use model=mlp")
-    network: nn.Module = import_torchvision().models.vgg16_bn(num_classes=num_classes)
+    # Only the features: building the whole would fill 480 MB of ImageNet's classifier to throw them away.
+    vgg = import_torchvision().models.vgg
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
     if channels != 3:
-        network.features[0] = nn.Conv2d(channels, 64, 3, padding=1)  # type: ignore[operator,index]
-    network.avgpool = nn.AdaptiveAvgPool2d(1)
-    network.classifier = nn.Linear(512, num_classes)
-    return network
+        features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -173,11 +185,26 @@ def build_model(
     """
     if name not in MODELS:
         raise UserError(f"model.name={name}: unknown; it is one of {', '.join(MODELS)}")
-    try:
-        network = MODELS[name](num_classes=num_classes, channels=channels, size=size, **options)
-    except TypeError as error:
-        raise UserError(f"model.options={options}: {name} does not take them ({error})") from None
+    if len(mean) != channels:
+        raise UserError(f"data.mean={list(mean)}: must have a value for each of data.channels={channels}")
+    _check_options(name, options)
+    network = MODELS[name](num_classes=num_classes, channels=channels, size=size, **options)
     return nn.Sequential(Normalize(mean, std), network)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise ``UserError`` unless each option is one of the architecture's, of its default's type and above 0."""
+    parameters = inspect.signature(MODELS[name]).parameters.values()
+    defaults = {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
+    for key, value in options.items():
+        if key not in defaults:
+            known = f"it has {', '.join(defaults)}" if defaults else "it has no options"
+            raise UserError(f"model.options.{key}={value}: {name} has no such option; {known}")
+        whole = isinstance(defaults[key], int)
+        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not fits or not 0 < value < math.inf:
+            wanted = "a whole number" if whole else "a number"
+            raise UserError(f"model.options.{key}={value}: must be {wanted} above 0, such as {defaults[key]}")
 
 
 def count_parameters(model: nn.Module) -> int:
