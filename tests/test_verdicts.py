@@ -1,13 +1,18 @@
 """Every clause of the verdict rules, one at a time, on figures given by hand."""
 
+import inspect
 import math
+import sys
+from types import ModuleType
 
 import pytest
 
+from drs import verdicts
 from drs.correlation import Correlation
 from drs.verdicts import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
+    RULES,
     SUPPORTED,
     WEAK_ONLY,
     Difference,
@@ -204,3 +209,30 @@ def test_least_favourable() -> None:
     assert least_favourable([NOT_SUPPORTED, SUPPORTED, WEAK_ONLY]) == NOT_SUPPORTED
     assert least_favourable([WEAK_ONLY, SUPPORTED]) == WEAK_ONLY
     assert least_favourable([INCONCLUSIVE]) == least_favourable([]) == INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "words"),
+    [
+        ("PRIMARY_STATISTIC", '"nonlabel_var_log"', '"margin"', ["`margin`"]),
+        ("PRIMARY_WEIGHT", "0.005", "0.007", ["weight 0.007"]),
+        ("ALPHA", "0.05", "0.013", ["below 0.013"]),
+        ("MIN_MODELS", "8", "88", ["88 models", "88 DR-softmax models"]),
+        ("MIN_SETTINGS", "5", "55", ["55 settings", "55 weights"]),
+        ("MIN_PAIRS", "3", "33", ["at least 33 pairs", "fewer than 33 pairs"]),
+        ("MEANINGFUL_GAIN", "0.02", "0.09", ["below 9 points"]),
+        ("MEANINGFUL_CORRELATION", "0.5", "0.61", ["±0.61", "before 0.61", "below 0.61"]),
+        ("TIME_BUDGET", "1.05", "1.31", ["below 1.31", "contains 1.31"]),
+    ],
+)
+def test_rules_follow_the_constants(
+    name: str, before: str, after: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = inspect.getsource(verdicts)
+    assert source.count(f"\n{name} = {before}") == 1
+    changed = ModuleType("drs.changed_verdicts")
+    monkeypatch.setitem(sys.modules, changed.__name__, changed)
+    exec(compile(source.replace(f"\n{name} = {before}", f"\n{name} = {after}"), "verdicts", "exec"), changed.__dict__)
+    for part in words:
+        assert part in " ".join(changed.RULES.split())
+        assert part not in " ".join(RULES.split())
