@@ -1,0 +1,194 @@
+"""The whole pipeline on the smoke study, from the command line, and the reductions behind its tables."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from drs.config import PROJECT_ROOT
+from drs.landing import landing_row
+from drs.runs import finished_runs, iterate_runs, load_arrays_file, save_arrays
+from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
+
+TABLES = [
+    "accuracy", "claims", "correlations", "failures", "landing", "landing_matrices", "models", "paired_differences",
+    "softmax_profile", "timing", "training",
+]  # fmt: skip
+
+
+def evaluate(results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DRS_RESULTS": str(results)}
+    command = [sys.executable, str(PROJECT_ROOT / "scripts" / "evaluate.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def study(smoke_results: Path) -> Path:
+    return smoke_results / "smoke"
+
+
+def read(study: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(study / "tables" / f"{name}.csv", dtype={"run_id": str, "epsilon_label": str})
+
+
+def test_study_has_every_table_figure_and_a_report(study: Path) -> None:
+    assert sorted(path.stem for path in (study / "tables").glob("*.csv")) == TABLES
+    pictures = sorted(path.stem for path in (study / "figures").glob("*.png"))
+    assert pictures == sorted(path.stem for path in (study / "figures").glob("*.pdf"))
+    for kind in ("statistic_vs_accuracy", "epsilon_curves", "nonlabel_distribution", "correlation_heatmap", "training_curves",
+                 "where_attacks_land"):  # fmt: skip
+        assert any(name.startswith(kind) for name in pictures), kind
+    report = (study / "REPORT.md").read_text()
+    for claim in ("C1", "C2", "C3", "C4"):
+        assert claim in report
+    assert not list(study.rglob("*.tmp"))
+
+
+def test_models_table_has_the_promised_columns_and_one_row_per_training(study: Path) -> None:
+    models = read(study, "models")
+    assert list(models.columns[:8]) == [
+        "run_id", "data", "model", "loss", "loss_weight", "seed", "clean_accuracy", "train_seconds",
+    ]  # fmt: skip
+    assert len(models) == models["run_id"].nunique() == 8
+    assert sorted(zip(models["loss"], models["loss_weight"], models["seed"], strict=True)) == sorted(
+        [("ce", 0.0, seed) for seed in (0, 1)]
+        + [("dr_softmax", weight, seed) for weight in (0.001, 0.005, 0.02) for seed in (0, 1)]
+    )
+    assert models["clean_accuracy"].min() > 0.9
+    assert (models["train_seconds"] > 0).all()
+    assert models["excluded"].isna().all()
+    accuracies = models.filter(regex=r"^acc\.")
+    assert accuracies.shape[1] > 15
+    assert accuracies.stack().between(0, 1).all()
+
+
+def test_claims_have_a_verdict_of_the_four(study: Path) -> None:
+    claims = read(study, "claims")
+    assert claims["claim"].drop_duplicates().tolist() == ["C1", "C2", "C3", "C4"]
+    assert set(claims["verdict"]) <= {SUPPORTED, WEAK_ONLY, NOT_SUPPORTED, INCONCLUSIVE}
+    assert claims["evidence"].str.len().min() > 10
+
+
+def test_accuracy_is_what_the_stored_logits_say(study: Path) -> None:
+    """Recompute one row of each kind from the arrays, in plain Python."""
+    accuracy = read(study, "accuracy")
+    for run in list(iterate_runs(study))[:2]:
+        rows = accuracy[accuracy["run_id"] == run.run_id].set_index(["attack", "epsilon_label"])["robust_accuracy"]
+        files = {path.name.rsplit("-", 1)[0]: load_arrays_file(path) for path in (run.path / "eval").glob("*.npz")}
+        right = {
+            name: [int(np.argmax(row)) == label for row, label in zip(item["logits"], item["labels"], strict=True)]
+            for name, item in files.items()
+        }
+        assert rows["clean", "0"] == pytest.approx(sum(right["clean"]) / 500)
+        assert rows["pgd", "0.1"] == pytest.approx(sum(right["pgd@0.1"]) / 200)
+        both = [a and b for a, b in zip(right["pgd@0.1"], right["fgsm@0.1"], strict=True)]
+        assert rows["worst_linf", "0.1"] == pytest.approx(sum(both) / 200)
+        robust = [
+            stands or distance > 0.5
+            for stands, distance in zip(right["cw"], files["cw"]["distance"].tolist(), strict=True)
+        ]
+        assert rows["cw", "0.5"] == pytest.approx(sum(robust) / 100)
+        assert rows["cw_torchattacks", "inf"] == pytest.approx(sum(right["cw_torchattacks"]) / 200)
+
+
+def test_worst_case_is_no_higher_than_any_attack_on_the_same_samples(study: Path) -> None:
+    accuracy = read(study, "accuracy")
+    for (_, norm, _), rows in accuracy[accuracy["attack"] != "clean"].groupby(["run_id", "norm", "epsilon_label"]):
+        worst = rows[rows["attack"] == f"worst_{norm}"]
+        if len(worst):
+            same = rows[rows["n"] == worst["n"].iloc[0]]
+            assert worst["robust_accuracy"].iloc[0] <= same["robust_accuracy"].min() + 1e-12
+
+
+def test_pgd_is_no_weaker_than_fgsm_and_accuracy_falls_with_epsilon(study: Path) -> None:
+    models = read(study, "models")
+    for epsilon in ("0.05", "0.1", "0.2"):
+        assert (models[f"acc.pgd@{epsilon}"] <= models[f"acc.fgsm@{epsilon}"] + 0.01).all()
+    curve = models[[f"acc.pgd@{epsilon}" for epsilon in ("0.05", "0.1", "0.2", "0.3")]].to_numpy()
+    assert (np.diff(curve, axis=1) <= 0).all()
+
+
+def test_second_evaluation_computes_nothing_and_changes_nothing(smoke_results: Path, study: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*") if path.is_file()}
+    done = evaluate(smoke_results, "experiment=smoke")
+    assert done.returncode == 0, done.stderr
+    assert "0 to compute" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("*") if path.is_file()} == before
+
+
+def test_only_the_missing_cell_is_filled_and_comes_out_the_same(smoke_results: Path, study: Path) -> None:
+    run = finished_runs(study)[0]
+    path = next((run.path / "eval").glob("pgd@0.1-*.npz"))
+    before = load_arrays_file(path)
+    path.unlink()
+    done = evaluate(smoke_results, "experiment=smoke")
+    assert done.returncode == 0, done.stderr
+    assert "88 cells, 1 to compute" in done.stdout
+    after = load_arrays_file(path)
+    for name in ("indices", "labels", "logits", "distance"):
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_damaged_cell_is_one_line_that_names_the_file(smoke_results: Path, study: Path) -> None:
+    run = finished_runs(study)[0]
+    path = next((run.path / "eval").glob("fgsm@0.1-*.npz"))
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[: len(whole) // 2])
+        done = evaluate(smoke_results, "experiment=smoke")
+        assert done.returncode == 2
+        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {path}: not a whole array file")
+        assert "Traceback" not in done.stderr
+    finally:
+        path.write_bytes(whole)
+
+
+def test_study_without_a_finished_run_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "empty" / "runs" / "0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text(json.dumps({"state": "running"}))
+    done = evaluate(tmp_path, "study=empty")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        == f"error: study=empty: no finished run under {tmp_path}/empty (1 running); train one first"
+    )
+
+
+def test_landing_counts_flips_to_the_runner_up() -> None:
+    clean = {
+        "indices": np.arange(4),
+        "labels": np.array([0, 0, 1, 2]),
+        "logits": np.array([[3, 2, 1], [3, 1, 2], [0, 3, 1], [3, 0, 1]], np.float32),
+    }
+    attacked = {**clean, "logits": np.array([[0, 5, 0], [0, 5, 0], [0, 0, 5], [0, 5, 0]], np.float32)}
+    row, pair = landing_row(clean, attacked)
+    # Sample 0 flips to its runner-up, sample 1 does not, sample 2 does; sample 3 was wrong before and is no flip.
+    assert row["n_flips"] == 3
+    assert row["runner_up_rate"] == pytest.approx(2 / 3)
+    assert row["chance"] == 0.5
+    softmax = torch.tensor(clean["logits"]).double().softmax(1)
+    mean = (softmax[0] + softmax[1]) / 2
+    assert pair[0, 0, 1] == pytest.approx(float(mean[1] / (mean[1] + mean[2])))
+    assert pair[1, 0].tolist()[1:] == [1.0, 0.0]
+    assert math.isnan(pair[1, 2, 0])
+    assert math.isnan(pair[0, 0, 0])
+
+
+def test_landing_needs_the_same_samples() -> None:
+    clean = {"indices": np.arange(2), "labels": np.array([0, 1]), "logits": np.eye(2, 3, dtype=np.float32)}
+    with pytest.raises(ValueError, match="not the first"):
+        landing_row(clean, {**clean, "indices": np.array([1, 0])})
+
+
+def test_object_arrays_are_neither_written_nor_read(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Python objects"):
+        save_arrays(tmp_path / "a.npz", bad=np.array([{}]))
+    assert not list(tmp_path.iterdir())
