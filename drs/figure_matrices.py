@@ -142,7 +142,7 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
     flips = rows["n_flips"].dropna()
     name = f"{attack_label(str(rows['attack'].iloc[0]))}, ε {rows['epsilon_label'].iloc[0]}"
     counted = f"{span(flips)} flips a model" if len(flips) else "no flips"
-    axis.set_title(f"{name}\n{counted}, {rows['run_id'].nunique()} models", linespacing=1.35)
+    axis.set_title(f"{name}\n{rows['run_id'].nunique()} models,\n{counted}", linespacing=1.35)
 
 
 def _matrix(cells: pd.DataFrame) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":

@@ -17,8 +17,8 @@ def landing_row(clean: dict[str, np.ndarray], attacked: dict[str, np.ndarray]) -
     Returns:
         ``n_flips`` (samples right before and wrong after), ``runner_up_rate`` (share of flips that end in the class
         with the largest clean softmax value after the label's), ``chance`` (1/(K-1)) and ``matrix_correlation``
-        (Pearson over the off-diagonal entries of the two matrices); and the matrices ``[2, K, K]``: the class-mean softmax and the
-        post-attack confusion counts, each row divided by its off-diagonal sum (NaN where that is 0).
+        (Pearson over the off-diagonal entries of the two matrices); and the matrices ``[2, K, K]``: the class-mean
+        softmax and the post-attack confusion counts, each row divided by its off-diagonal sum (NaN where that is 0).
     """
     count, classes = attacked["logits"].shape
     if not np.array_equal(clean["indices"][:count], attacked["indices"]):

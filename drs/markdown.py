@@ -77,13 +77,15 @@ def mean_sd(values: "pd.Series[float]", *, scale: float = 1.0, digits: int | Non
     """Write ``mean ± sd`` (n - 1) of the values there are; the mean alone for one value, a dash for none.
 
     Args:
-        values: Any number of values, NaN left out.
+        values: Any number of values, NaN left out; an infinite one is counted instead of averaged.
         scale: Factor, 100 for per cent.
         digits: Decimals; None for three significant digits.
     """
     present = values.dropna() * scale
     if present.empty:
         return NONE
+    if np.isinf(present).any():  # a minimal norm that an attack did not find has no mean
+        return f"∞ in {int(np.isinf(present).sum())} of {len(present)}"
     write = significant if digits is None else lambda value: fixed(value, digits)
     mean = write(float(present.mean()))
     if len(present) == 1:

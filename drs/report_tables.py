@@ -30,8 +30,7 @@ from drs.markdown import (
     table,
     whole,
 )
-
-PRIMARY_STATISTIC = "nonlabel_var_log"  # what the loss restrains
+from drs.verdicts import PRIMARY_STATISTIC
 
 
 def models_section(models: pd.DataFrame) -> str:
@@ -149,7 +148,8 @@ def correlations_section(correlations: pd.DataFrame) -> str:
     intro = (
         "Over models, not samples: mean statistic on clean samples against accuracy (attacks: mean over epsilons), "
         "bootstrap 95 % intervals, permutation p, Benjamini–Hochberg q over the table (p and q: Spearman). "
-        "All statistics and epsilons are in tables/correlations.csv."
+        "Intervals, p and q take models as independent; where the seeds of a setting resemble each other they "
+        "promise too much, which the verdicts allow for. All statistics and epsilons are in tables/correlations.csv."
     )
     headers = ["group", "accuracy", "n", "Spearman", "Pearson", "Kendall", "p", "q"]
     other_headers = ["group", "accuracy", "strongest other", "n", "Spearman", "q"]

@@ -1,0 +1,102 @@
+"""The parts of README.md that come from a study's tables, between markers, so that no number is typed by hand."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from drs.errors import UserError
+from drs.files import atomic_write
+from drs.markdown import escape, group_name, percent, table
+from drs.report import read_provenance, read_tables
+from drs.report_text import effect_text
+from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
+
+OVERALL = "all"
+
+
+def claims_block(study_dir: Path) -> str:
+    """Return the claims table of a study: each claim over all groups, and its verdict and effect in each."""
+    claims = read_tables(study_dir)["claims"]
+    groups = claims.loc[claims["data"] != OVERALL, ["data", "model"]].drop_duplicates().to_numpy().tolist()
+    rows = []
+    for _, overall in claims[claims["data"] == OVERALL].iterrows():
+        cells = [f"{overall['claim']}. {escape(overall['statement'])}", f"**{overall['verdict']}**"]
+        for data, model in groups:
+            mine = (claims["claim"] == overall["claim"]) & (claims["data"] == data) & (claims["model"] == model)
+            row = claims[mine].iloc[0]
+            cells.append(f"{row['verdict']}; {effect_text(row)}, n = {int(row['n'])}")
+        rows.append(cells)
+    return table(["claim", "verdict", *(group_name(data, model) for data, model in groups)], rows, align="l")
+
+
+def hardware_block(study_dir: Path) -> str:
+    """Return one sentence on what the study ran on, when, and how long training and attacks took."""
+    content = read_provenance(study_dir)
+    machine, seconds, versions = content["hardware"], content["wall_seconds"], content["versions"]
+    gpu = "no GPU" if machine["gpu"] == "none" else machine["gpu"]
+    return (
+        f"Run on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {gpu}, on "
+        f"{content['created'][:10]} with Python {versions['python']} and torch {versions['torch']}: "
+        f"{seconds['train'] / 60:.1f} min of training and {seconds['attack'] / 60:.1f} min of attacks, at commit "
+        f"`{content['commit'][:10]}`."
+    )
+
+
+def accuracy_block(study_dir: Path) -> str:
+    """Return mean accuracies over seeds of cross-entropy and of DR-softmax at the primary weight, per group."""
+    models = read_tables(study_dir)["models"]
+    usable = models[models["excluded"].isna() | (models["excluded"] == "")]
+    wanted = {
+        "clean": "clean_accuracy",
+        "FGSM": "acc.fgsm@mean",
+        "PGD": "acc.pgd@mean",
+        "CW (torchattacks), no bound": "acc.cw_torchattacks@inf",
+        "CW (torchattacks)": "acc.cw_torchattacks@mean",
+        "CW (correct)": "acc.cw@mean",
+    }
+    rows = []
+    primary = (usable["loss"] == PRIMARY_LOSS) & (usable["loss_weight"] == PRIMARY_WEIGHT)
+    for (data, model), group in usable.groupby(["data", "model"], sort=False):
+        for name, part in (("CE", group[group["loss"] == "ce"]), (f"DR {PRIMARY_WEIGHT:g}", group[primary])):
+            cells = [group_name(data, model), name, str(len(part))]
+            rows.append(cells + [_mean(part, column) for column in wanted.values()])
+    return table(["", "loss", "models", *wanted], rows, align="llr")
+
+
+def _mean(models: pd.DataFrame, column: str) -> str:
+    return percent(float(models[column].mean())) + " %" if column in models and len(models) else "–"
+
+
+BLOCKS = {"claims": claims_block, "hardware": hardware_block, "accuracy": accuracy_block}
+
+
+def fill(text: str, study_dir: Path) -> str:
+    """Return ``text`` with what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` made from the study's tables.
+
+    Raises:
+        UserError: If a pair of markers is missing.
+    """
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise UserError(f"README.md: the markers <!-- {name} --> and <!-- /{name} --> must stand there once")
+        # A function, because a backslash in a replacement string would be read as an escape.
+        replacement = f"<!-- {name} -->\n{make(study_dir)}\n<!-- /{name} -->"
+        text = pattern.sub(partial(_constant, replacement), text)
+    return text
+
+
+def _constant(text: str, _: re.Match[str]) -> str:
+    return text
+
+
+def update_readme(readme: Path, study_dir: Path) -> bool:
+    """Bring README.md up to date with a study; return whether it changed."""
+    before = readme.read_text(encoding="utf-8")
+    after = fill(before, study_dir)
+    if after != before:
+        with atomic_write(readme) as temporary:
+            temporary.write_text(after, encoding="utf-8")
+    return after != before

@@ -1,0 +1,24 @@
+"""Write the tables of the reference study into README.md: python scripts/readme.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from drs.config import PROJECT_ROOT
+from drs.entrypoint import fail
+from drs.errors import UserError
+from drs.readme import update_readme
+
+
+def main() -> None:
+    """Update README.md from results/reference/laptop."""
+    try:
+        changed = update_readme(PROJECT_ROOT / "README.md", PROJECT_ROOT / "results" / "reference" / "laptop")
+    except UserError as error:
+        fail(str(error))
+    print("README.md is new" if changed else "README.md was up to date")
+
+
+if __name__ == "__main__":
+    main()
