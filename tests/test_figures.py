@@ -99,7 +99,7 @@ def test_every_figure_says_its_n(drawn: dict[str, Figure], name: str) -> None:
         "epsilon_curves": r"3(–4)? seeds × 1000 images",
         "nonlabel_distribution": r"n = 40000 [\s\S]*n = 30000 ",
         "correlation_heatmap": r"n = 23 models[\s\S]*n = 9 models[\s\S]*n = 32 models",
-        "where_attacks_land": r"flips a model, (23|9) models",
+        "where_attacks_land": r"(23|9) models,\n[0-9–]+ flips a model",
         "training_curves": r"n = [34] seeds",
     }
     assert re.search(counted[PLAN[name].kind], words), words
