@@ -57,8 +57,8 @@ def accuracy_block(study_dir: Path) -> str:
         "CW (correct)": "acc.cw@mean",
     }
     rows = []
-    primary = (usable["loss"] == PRIMARY_LOSS) & (usable["loss_weight"] == PRIMARY_WEIGHT)
     for (data, model), group in usable.groupby(["data", "model"], sort=False):
+        primary = (group["loss"] == PRIMARY_LOSS) & (group["loss_weight"] == PRIMARY_WEIGHT)
         for name, part in (("CE", group[group["loss"] == "ce"]), (f"DR {PRIMARY_WEIGHT:g}", group[primary])):
             cells = [group_name(data, model), name, str(len(part))]
             rows.append(cells + [_mean(part, column) for column in wanted.values()])
