@@ -140,9 +140,9 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
     axis.set_ylim(0, 105)
     axis.set_xlim(-0.6, len(shown) - 0.4)
     flips = rows["n_flips"].dropna()
-    name = f"{attack_label(str(rows['attack'].iloc[0]))}, ε {rows['epsilon_label'].iloc[0]}"
+    name = attack_label(f"{rows['attack'].iloc[0]}@{rows['epsilon_label'].iloc[0]}")
     counted = f"{span(flips)} flips a model" if len(flips) else "no flips"
-    axis.set_title(f"{name}\n{rows['run_id'].nunique()} models,\n{counted}", linespacing=1.35)
+    axis.set_title(f"{name}\n{rows['run_id'].nunique()} models\n{counted}", linespacing=1.35)
 
 
 def _matrix(cells: pd.DataFrame) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":

@@ -65,8 +65,8 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
             )
             yield _planned("statistic_vs_accuracy", f"{statistic}-{tag}", where, caption, draw)
         caption = (
-            f"Mean over seeds with a band of one standard deviation ({usable}). Accuracy below chance is to be "
-            "expected: an attack picks the wrong class on purpose."
+            f"Mean over seeds with a band of one standard deviation ({usable}); ε = 0 is the whole clean test set. "
+            "Accuracy below chance is to be expected: an attack picks the wrong class on purpose."
         )
         draw = partial(figures.epsilon_curves, accuracy, data, model, chance=_chance(tables, data, model))
         yield _planned("epsilon_curves", tag, where, caption, draw)

@@ -101,16 +101,17 @@ def statistic_vs_accuracy(
         if log:
             axis.set_xscale("log")
             decades = np.log10(values.max() / values.min())
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.8 else (1,)))
             axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             axis.xaxis.set_minor_formatter(NullFormatter())
-        lines = attack_label(attack), coefficient_line(correlations, data, model, statistic, f"{attack}@mean")
-        axis.set_title("\n".join(lines), linespacing=1.35)
+        images = span([n for (_, name), n in counts.items() if name == attack])
+        coefficient = coefficient_line(correlations, data, model, statistic, f"{attack}@mean")
+        axis.set_title(f"{attack_label(attack)}, {images} images\n{coefficient}", linespacing=1.35)
         axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     for axis in axes[-3:]:
         axis.set_xlabel(f"mean {statistic}")
     figure.suptitle(
-        f"{data}, {model}: {count(int((~out).sum()), 'model')}, {span(list(counts.values()))} attacked images each\n"
+        f"{data}, {model}: {count(int((~out).sum()), 'model')}\n"
         f"{statistic}: {statistic_label(statistic)}\n"
         "bars: Wilson 95 % interval over images; ρ: Spearman with 95 % interval over models",
         linespacing=1.3,

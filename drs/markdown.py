@@ -14,7 +14,7 @@ def escape(text: object) -> str:
     if text is None or (isinstance(text, float) and np.isnan(text)):
         return ""
     line = " ".join(str(text).split())
-    line = re.sub(r"([\\|*`\[\]]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)  # an underscore inside a word is harmless
+    line = re.sub(r"([\\|*`]|\](?=[\[(:])|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)  # elsewhere [ ] and _ are harmless
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

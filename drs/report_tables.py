@@ -179,7 +179,7 @@ def landing_section(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> st
                 rows.append(
                     [
                         group_name(data, model),
-                        f"{attack_label(attack)}, ε {escape(cells['epsilon_label'].iloc[0])}",
+                        escape(attack_label(f"{attack}@{cells['epsilon_label'].iloc[0]}")),
                         escape(setting_label(*setting)),
                         str(len(cells)),
                         whole(cells["n_flips"].sum()),

@@ -8,6 +8,7 @@ import pandas as pd
 from drs.figure_plan import Tables
 from drs.figure_style import (
     attack_label,
+    attacks,
     count,
     groups,
     included,
@@ -49,11 +50,11 @@ def effect_text(claim: pd.Series) -> str:
 
 def summary(tables: Tables, strong_suite: bool) -> str:
     """Return the opening paragraph: what was trained and attacked, and what became of each claim."""
-    models, claims = tables["models"], tables["claims"]
+    models, claims, attacked = tables["models"], tables["claims"], tables["accuracy"].query("attack != 'clean'")
     parts = [f"{group_name(d, m)} ({count(len(of_group(models, d, m)), 'model')})" for d, m in groups(models)]
     text = [
         f"This study compares {count(len(models), 'trained model')} on {' and '.join(parts)}, each attacked on "
-        f"{span(models['n_attacked'])} test images."
+        f"{span(attacked['n'])} test images."
     ]
     overall = claims[claims["data"] == "all"]
     for _, claim in overall.iterrows():
@@ -136,12 +137,16 @@ def limits_section(tables: Tables, strong_suite: bool) -> str:
         if group.empty:
             continue
         seeds = group.groupby(["loss", "loss_weight"])["seed"].nunique()
-        images = int(group["n_attacked"].min())
-        half = np.ptp(wilson_interval([0.5], [images])) / 2
+        cells = included(of_group(tables["accuracy"], data, model)).query("attack != 'clean'")
+        bounds = [
+            f"± {percent(np.ptp(wilson_interval([0.5], [n])) / 2)} points on {n} images "
+            f"({', '.join(attack_label(name) for name in attacks(cells.loc[cells['n'] == n, 'attack']))})"
+            for n in sorted((int(n) for n in cells["n"].unique()), reverse=True)
+        ]
         lines.append(
-            f"- {group_name(data, model)}: {count(len(group), 'model')}, {span(seeds)} seeds per loss and weight. "
-            f"{images} attacked images bound a single robust accuracy to ± {percent(half)} points at worst (Wilson "
-            "95 %); the interval of a difference between losses comes from the seeds, and with few of them it is wide."
+            f"- {group_name(data, model)}: {count(len(group), 'model')}, {span(seeds)} seeds per loss and weight. At "
+            f"worst, near 50 %, the images alone leave a single robust accuracy uncertain by {'; '.join(bounds)} "
+            "(Wilson 95 %). The interval of a difference between losses comes from the seeds; few of them make it wide."
         )
     lines.append(
         "- Correlations are over models that differ mostly in one weight: they show that two things move together "

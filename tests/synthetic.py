@@ -46,7 +46,8 @@ def _accuracy(rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
                         share = clean * np.exp(-(step + 1) * (1.3 - 0.4 * weak * gain)) + rng.normal(0, 0.01)
                         cells.append({**identity, "attack": attack, "norm": "linf" if attack in LINF else "l2",
                                       "epsilon": _epsilon(label) if label != "inf" else np.inf, "epsilon_label": label,
-                                      "n": 1000, "robust_accuracy": float(np.clip(share, 0, 1)),
+                                      "n": 100 if attack in ("cw", "worst_l2") else 1000,
+                                      "robust_accuracy": float(np.clip(share, 0, 1)),
                                       "excluded": excluded})  # fmt: skip
                 noise = rng.normal(0, 0.05, len(STATISTICS))
                 values = [6.0 / (1 + 400 * weight) * (1 + noise[0]), *(0.3 / (1 + gain) + noise[1:] / 5)]

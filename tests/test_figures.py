@@ -95,11 +95,11 @@ def test_legends_cover_no_axes(drawn: dict[str, Figure], name: str) -> None:
 def test_every_figure_says_its_n(drawn: dict[str, Figure], name: str) -> None:
     words = _words(drawn[name])
     counted = {
-        "statistic_vs_accuracy": r"(23|9) models, 1000 attacked images",
-        "epsilon_curves": r"3(–4)? seeds × 1000 images",
+        "statistic_vs_accuracy": r"PGD, 1000 images\nρ[\s\S]*worst case L2, 100 images\nρ[\s\S]*(23|9) models\n",
+        "epsilon_curves": r"3(–4)? seeds × 1000 images[\s\S]*3(–4)? seeds × 100 images",
         "nonlabel_distribution": r"n = 40000 [\s\S]*n = 30000 ",
         "correlation_heatmap": r"n = 23 models[\s\S]*n = 9 models[\s\S]*n = 32 models",
-        "where_attacks_land": r"(23|9) models,\n[0-9–]+ flips a model",
+        "where_attacks_land": r"(23|9) models\n[0-9–]+ flips a model",
         "training_curves": r"n = [34] seeds",
     }
     assert re.search(counted[PLAN[name].kind], words), words

@@ -9,6 +9,7 @@ from drs.markdown import NONE, escape, fixed, mean_sd, probability, significant,
 
 def test_cells_are_escaped() -> None:
     assert escape("a|b\n_c_ worst_linf <d> `e` *f* \\") == "a\\|b \\_c\\_ worst_linf &lt;d&gt; \\`e\\` \\*f\\* \\\\"
+    assert escape("0.1 [0, 1] a[b](c) [d][e]") == "0.1 [0, 1] a[b\\](c) [d\\][e]"
     assert escape(None) == escape(float("nan")) == ""
     assert table(["a", "b"], [["1", "2"]]).splitlines()[1] == "| --- | ---: |"
     with pytest.raises(ValueError, match="number of cells"):

@@ -111,7 +111,7 @@ def _groups() -> list[tuple[str, str]]:
 
 def test_summary_speaks_from_the_claims(text: str) -> None:
     summary = text.split("\n\n")[1]
-    assert "33 trained models" in summary and "1000 test images" in summary
+    assert "33 trained models" in summary and "100–1000 test images" in summary
     for row in TABLES["claims"].query("data == 'all'").itertuples():
         assert row.statement in summary and f"**{row.verdict.capitalize()}**" in summary
     assert "strong attacks were not run" in summary
@@ -226,7 +226,9 @@ def test_provenance_and_limits(text: str) -> None:
     assert "Some \\| CPU" in section and "6d87" * 16 in section
     assert "steps = 20" in _section(text, "Attacks and how they are scored")
     limits = _section(text, "Limits of this study")
-    assert "23 models, 3–4 seeds" in limits and "± 3.1 points" in limits
+    assert "23 models, 3–4 seeds" in limits
+    assert "± 3.1 points on 1000 images (FGSM, PGD" in limits
+    assert "± 9.6 points on 100 images (CW, worst case L2)" in limits
     assert "paper` suite" in limits
 
 
