@@ -75,9 +75,7 @@ def test_second_version_adds_the_squared_mean_of_the_others() -> None:
     logits, labels = random_case(classes=6)
     total = logits.sum(1) - logits.gather(1, labels[:, None]).squeeze(1)
     expected = distribution_penalty(logits, labels, space="logits") + 5 * (total / 5 - total / 6).square()
-    torch.testing.assert_close(
-        distribution_penalty(logits, labels, space="logits", center="all_classes"), expected
-    )
+    torch.testing.assert_close(distribution_penalty(logits, labels, space="logits", center="all_classes"), expected)
 
 
 def test_two_classes_have_nothing_to_restrain() -> None:
