@@ -31,8 +31,7 @@ from drs.figure_style import (
     span,
     styled,
 )
-
-ALPHA = 0.05  # false discovery rate above which a cell of the heat map is hatched
+from drs.verdicts import ALPHA
 
 
 def _heat_panel(axis: Axes, rows: pd.DataFrame, statistics: list[str], columns: list[str]) -> None:

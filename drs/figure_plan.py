@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from drs import figures
 from drs.figure_style import count, groups, included, of_group
+from drs.verdicts import PRIMARY_STATISTIC
 
 Tables = dict[str, pd.DataFrame]
-FIGURE_STATISTICS = ("nonlabel_var_log", "nonlabel_entropy")  # the others are in the heat map and the tables
+FIGURE_STATISTICS = (PRIMARY_STATISTIC, "nonlabel_entropy")  # the others are in the heat map and the tables
 # kind: its title in the report
 KINDS = {
     "statistic_vs_accuracy": "Statistic against robust accuracy",

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
+from drs.verdicts import PRIMARY_WEIGHT
+
 Setting = tuple[str, float]  # (loss, loss_weight): what is repeated over seeds
 
-SHOWN_WEIGHT = 0.005  # the authors' first published weight: stands for DR where only one weight fits
 WIDTH = 7.2  # inches: the text width of a two-column page
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -122,7 +123,7 @@ def shown_setting(table: pd.DataFrame, loss: str = "dr_softmax") -> Setting | No
     weights = sorted(weight for name, weight in settings(table) if name == loss)
     if not weights:
         return None
-    return loss, min(weights, key=lambda weight: abs(np.log(max(weight, 1e-12) / SHOWN_WEIGHT)))
+    return loss, min(weights, key=lambda weight: abs(np.log(max(weight, 1e-12) / PRIMARY_WEIGHT)))
 
 
 def of_setting(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:

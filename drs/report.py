@@ -14,6 +14,7 @@ from drs.figure_plan import KINDS, PlannedFigure, Tables, plan_figures
 from drs.figure_style import STYLE
 from drs.files import atomic_write
 from drs.markdown import escape
+from drs.verdicts import RULES
 
 _KEYS = ["data", "model", "loss", "loss_weight"]
 _RUN = ["run_id", *_KEYS, "seed"]
@@ -129,14 +130,6 @@ def _embedded(study_dir: Path, plan: list[PlannedFigure], kinds: tuple[str, ...]
     return parts
 
 
-def _rules() -> str:
-    try:
-        from drs.claims import RULES
-    except ImportError:
-        return "The verdict rules are not available."
-    return RULES.strip()
-
-
 def write_report(study_dir: str | Path) -> Path:
     """Write ``<study_dir>/REPORT.md`` from the study's tables, its figures and its provenance.
 
@@ -153,7 +146,7 @@ def write_report(study_dir: str | Path) -> Path:
     plan = plan_figures(tables)
     sections: list[tuple[str, str, tuple[str, ...]]] = [
         ("Claims", report_text.claims_section(tables["claims"]), ()),
-        ("How the verdicts are decided", _rules(), ()),
+        ("How the verdicts are decided", RULES.strip(), ()),
         ("Models", report_tables.models_section(tables["models"]), ()),
         ("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"]), ()),
         (

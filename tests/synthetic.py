@@ -109,8 +109,8 @@ def _landing(models: pd.DataFrame, rng: np.random.Generator) -> tuple[pd.DataFra
     rows, matrices = [], []
     for row in models.to_dict("records"):
         linf, l2 = GRID[row["data"], row["model"]][2:]
-        for attack in ("fgsm", "pgd", "cw"):
-            for label in linf if attack != "cw" else l2:
+        for attack, labels in {"fgsm": linf, "pgd": linf, "cw_torchattacks": ["inf"], "cw": l2}.items():
+            for label in labels:
                 rows.append({**{key: row[key] for key in KEYS}, "attack": attack, "epsilon_label": label,
                              "n_flips": int(rng.integers(200, 900)), "runner_up_rate": rng.uniform(0.4, 0.9),
                              "chance": 1 / 9, "matrix_correlation": rng.uniform(0.4, 0.95),

@@ -56,3 +56,8 @@ def test_script_names_a_study_without_tables() -> None:
     result = _script("no-such-study")
     assert result.returncode == 2
     assert result.stderr.startswith("error: study 'no-such-study' has no tables") and result.stderr.count("\n") == 1
+
+
+def test_drawing_and_reporting_need_no_torch() -> None:
+    code = "import sys, drs.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
