@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,13 +151,17 @@ def read_cache(spec: DatasetSpec, split: str, cache: Path) -> Arrays | None:
         return None
     remedy = "delete it and the next run fetches the data anew"
     try:
-        # A file of another kind can make np.load return an array, which is no context manager: TypeError.
+        # The checksums of the zip file come first: numpy parses a damaged header, and fails in any of many ways.
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
             recorded = [str(value) for value in archive["sha256"]]
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (OSError, ValueError, TypeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a whole cache file ({' '.join(str(error).split())}); {remedy}") from None
     verify(spec, split, (images, labels), str(path), remedy)
     if not spec.sha256 and recorded != [array_digest(images), array_digest(labels)]:

