@@ -25,12 +25,12 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or not all(value > 0 for value in std):
+        if len(mean) != len(std) or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
             raise UserError(
-                f"data.mean={list(mean)}, data.std={list(std)}: as many of each are required, and std above 0"
+                f"data.mean={list(mean)}, data.std={list(std)}: must be as many finite numbers each, and std above 0"
             )
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return normalised images ``[B, C, H, W]``."""

@@ -17,9 +17,14 @@ TOY_GREY = DatasetSpec("toy", 10, 1, 28, 12, 6, {}, "MNIST")
 TOY_COLOUR = DatasetSpec("toy", 10, 3, 32, 10, 2, {}, "CIFAR10")
 
 
+def data_cache() -> Path:
+    """Return the cache folder of this project."""
+    return project_path(os.environ.get("DRS_CACHE", "data"))
+
+
 def real_arrays(name: str, *, fetch: bool) -> dict[str, Arrays]:
     """Return a data set's arrays from the project's cache; fetch them if allowed, or skip the test with the reason."""
-    cache = project_path(os.environ.get("DRS_CACHE", "data"))
+    cache = data_cache()
     if not fetch and not all(cache_path(cache, name, split).exists() for split in SPLITS):
         pytest.skip(f"{name} is not in the cache {cache}; python scripts/fetch_data.py {name} brings it")
     try:
