@@ -298,7 +298,7 @@ class _ProgressBar:
 
     def step(self, epoch: int, guard: _FiniteLoss) -> None:
         if self.terminal:
-            if guard.count % CHECK_EVERY_DEFAULT == 0:
+            if guard.count % CHECK_EVERY_DEFAULT == 0 or guard.count == len(guard.values):
                 self.bar.set_postfix_str(
                     f"epoch {epoch}/{self.epochs} loss {guard.latest():.3f}{self.accuracy}", refresh=False
                 )
