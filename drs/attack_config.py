@@ -1,9 +1,6 @@
-"""The schema of attacks and suites: types, ranges and epsilons in pixel units. Imports no torch."""
+"""The schema of attacks: types and ranges. Imports no torch."""
 
-import math
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
 
 from drs.errors import UserError
 
@@ -19,12 +16,16 @@ class AttackConfig:
         norm: The norm in which it is scored, ``linf`` or ``l2``.
         n_samples: At most so many of the suite's samples are attacked; null for all.
         seed: Seed of the attack's own randomness, apart from every other generator.
+        decisive: Run at the suite's decisive epsilons only, on its decisive samples.
+        standing_only: Attack only what every attack before it in the suite has left standing.
     """
 
     kind: str
     norm: str
     n_samples: int | None = None
     seed: int = 0
+    decisive: bool = False
+    standing_only: bool = False
 
 
 @dataclass
@@ -69,84 +70,128 @@ class CWConfig(AttackConfig):
     abort_early: bool = True
 
 
+@dataclass
+class ProjectedConfig(AttackConfig):
+    """Projected gradient steps with restarts, best iterate kept; see ``drs.attacks.projected``.
+
+    Attributes:
+        objectives: Keys of ``drs.attacks.objectives.FAMILIES``. Empty: those that the run's own loss names, which
+            makes the attack adaptive.
+        steps: Gradient steps per restart.
+        restarts: Per objective, and per target of a targeted one.
+        relative_step_size: The first step as a share of epsilon; it shrinks to 0.
+    """
+
+    objectives: list[str] = field(default_factory=list)
+    steps: int = 50
+    restarts: int = 1
+    relative_step_size: float = 1.0
+
+
+@dataclass
+class TransferConfig(AttackConfig):
+    """Margin PGD on the cross-entropy model of the same data, architecture and seed."""
+
+    steps: int = 50
+    relative_step_size: float = 1.0
+
+
+@dataclass
+class NoiseConfig(AttackConfig):
+    """Random corners of the Linf ball."""
+
+    draws: int = 10
+
+
+@dataclass
+class APGDConfig(AttackConfig):
+    """Auto-PGD on cross-entropy (Croce and Hein 2020, arXiv 2003.01690), torchattacks."""
+
+    steps: int = 100
+    restarts: int = 1
+    rho: float = 0.75
+
+
+@dataclass
+class TargetedAPGDConfig(AttackConfig):
+    """Auto-PGD on the targeted difference of logits ratio, every class in turn (arXiv 2003.01690), torchattacks."""
+
+    steps: int = 100
+    restarts: int = 1
+    rho: float = 0.75
+
+
+@dataclass
+class TargetedFABConfig(AttackConfig):
+    """Fast adaptive boundary attack, every class in turn (Croce and Hein 2020, arXiv 1907.02044), torchattacks."""
+
+    steps: int = 100
+    restarts: int = 1
+
+
+@dataclass
+class SquareConfig(AttackConfig):
+    """Square attack, random search on scores (Andriushchenko et al. 2020, arXiv 1912.00049), torchattacks."""
+
+    n_queries: int = 5000
+    restarts: int = 1
+
+
+@dataclass
+class FMNConfig(AttackConfig):
+    """Fast minimum-norm attack (Pintor et al. 2021, arXiv 2102.12827), foolbox."""
+
+    steps: int = 200
+
+
+@dataclass
+class HopSkipJumpConfig(AttackConfig):
+    """HopSkipJump, which sees predicted classes only (Chen et al. 2020, arXiv 1904.02144), foolbox."""
+
+    steps: int = 32
+    initial_gradient_eval_steps: int = 100
+    max_gradient_eval_steps: int = 10000
+
+
 ATTACK_SCHEMAS: dict[str, type[AttackConfig]] = {
     "fgsm": FGSMConfig,
     "pgd": PGDConfig,
     "cw_torchattacks": CWTorchattacksConfig,
     "cw": CWConfig,
+    "projected": ProjectedConfig,
+    "transfer": TransferConfig,
+    "noise": NoiseConfig,
+    "apgd_ce": APGDConfig,
+    "apgd_t": TargetedAPGDConfig,
+    "fab_t": TargetedFABConfig,
+    "square": SquareConfig,
+    "fmn": FMNConfig,
+    "hop_skip_jump": HopSkipJumpConfig,
 }
+LINF_ONLY = ("fgsm", "pgd", "noise")
+L2_ONLY = ("cw", "cw_torchattacks")
+OBJECTIVES = ("ce", "margin", "targeted_margin", "scaled_ce")
 
 
 @dataclass
-class SuiteConfig:
-    """A set of attacks, and the samples and epsilons they run with.
+class SanityConfig:
+    """The checks of Carlini et al. 2019 (arXiv 1902.06705) on every model; see ``drs.attacks.probes``.
 
     Attributes:
-        name: The suite's name.
-        strong: Whether its worst case may decide a claim about robustness; the ``paper`` suite's may not.
-        attacks: Attack configs by the name that tables show.
-        epsilons: Data set name -> norm -> list of epsilons in pixel units, numbers or fractions such as "8/255".
-        n_samples: Data set name -> how many test samples are attacked; ``default`` for the others.
-        n_clean: How many test samples the clean accuracy and the statistics use; null for all.
-        batch_size: Samples per batch of an attack. Part of a result's identity: torchattacks' CW stops on the
-            total over its batch.
+        n_samples: The first so many of the suite's samples.
+        steps: Gradient steps of a probe; one probe doubles them.
+        restarts: Of the margin probe; one probe doubles them.
+        relative_step_size: The first step as a share of epsilon.
+        batch_size: Samples per batch.
+        seed: Of the random starts.
     """
 
-    name: str
-    attacks: dict[str, Any]
-    epsilons: dict[str, Any]
-    n_samples: dict[str, int]
-    strong: bool = False
-    n_clean: int | None = None
+    n_samples: int = 200
+    steps: int = 50
+    restarts: int = 2
+    relative_step_size: float = 1.0
     batch_size: int = 500
-
-
-@dataclass(frozen=True)
-class Epsilon:
-    """A perturbation bound: its value in pixel units and the label that tables show."""
-
-    value: float
-    label: str = field(compare=False)
-
-
-UNBOUNDED = Epsilon(math.inf, "inf")
-
-
-def parse_epsilon(text: object, norm: str, key: str) -> Epsilon:
-    """Return the epsilon that a config writes as a number or a fraction such as ``8/255``.
-
-    Raises:
-        UserError: Naming ``key`` and the value, unless it is above 0 and, for ``linf``, at most 1.
-    """
-    try:
-        value = float(Fraction(str(text).strip()))
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"{key}={text}: must be a number or a fraction such as 8/255, in pixel units") from None
-    if value <= 0:
-        raise UserError(f"{key}={text}: must be above 0")
-    if norm == "linf" and value > 1:
-        raise UserError(f"{key}={text}: must be at most 1; pixels lie in [0,1], so 8 of 255 grey levels is 8/255")
-    if norm == "l2" and value > 100:
-        raise UserError(f"{key}={text}: must be a Euclidean norm for pixels in [0,1], at most 100")
-    return Epsilon(value, str(text).strip())
-
-
-def suite_epsilons(suite: SuiteConfig, data: str, norm: str) -> list[Epsilon]:
-    """Return the suite's epsilons for a data set and norm, ascending.
-
-    Raises:
-        UserError: If the suite names none.
-    """
-    listed = (suite.epsilons.get(data) or {}).get(norm)
-    key = f"suite.epsilons.{data}.{norm}"
-    if not isinstance(listed, list) or not listed:
-        raise UserError(f"{key} is missing; list the epsilons that the {suite.name} suite uses on {data}")
-    return sorted((parse_epsilon(item, norm, key) for item in listed), key=lambda epsilon: epsilon.value)
-
-
-def suite_samples(suite: SuiteConfig, data: str) -> int:
-    """Return how many test samples of a data set the suite attacks."""
-    return suite.n_samples.get(data, suite.n_samples["default"])
+    seed: int = 0
 
 
 def attack_schema(name: str, section: object) -> type[AttackConfig]:
@@ -157,34 +202,21 @@ def attack_schema(name: str, section: object) -> type[AttackConfig]:
     return ATTACK_SCHEMAS[kind]
 
 
-def check_suite(suite: SuiteConfig) -> None:
-    """Raise ``UserError`` for a value out of range, naming its key and what is allowed."""
-    if not suite.attacks:
-        raise UserError(f"suite.attacks: the {suite.name} suite has no attack")
-    if "default" not in suite.n_samples:
-        raise UserError("suite.n_samples.default is missing; it serves the data sets that have no number of their own")
-    for data, count in suite.n_samples.items():
-        if count < 1:
-            raise UserError(f"suite.n_samples.{data}={count}: must be at least 1")
-    if suite.batch_size < 1:
-        raise UserError(f"suite.batch_size={suite.batch_size}: must be at least 1")
-    if suite.n_clean is not None and suite.n_clean < 1:
-        raise UserError(f"suite.n_clean={suite.n_clean}: must be null or at least 1")
-    for data, norms in suite.epsilons.items():
-        for norm in norms:
-            if norm not in NORMS:
-                raise UserError(f"suite.epsilons.{data}.{norm}: unknown norm; it is one of {', '.join(NORMS)}")
-            suite_epsilons(suite, data, norm)
-    for name, attack in suite.attacks.items():
-        _check_attack(f"suite.attacks.{name}", attack)
-
-
-def _check_attack(key: str, attack: AttackConfig) -> None:
-    norm = "linf" if attack.kind in ("fgsm", "pgd") else "l2"
-    if attack.norm != norm:
-        raise UserError(f"{key}.norm={attack.norm}: {attack.kind} is an attack in {norm}")
+def check_attack(key: str, attack: AttackConfig) -> None:
+    """Raise ``UserError`` for a value of an attack out of range; ``key`` is where its config is."""
+    if attack.norm not in NORMS:
+        raise UserError(f"{key}.norm={attack.norm}: unknown norm; it is one of {', '.join(NORMS)}")
+    for norm, kinds in (("linf", LINF_ONLY), ("l2", L2_ONLY)):
+        if attack.kind in kinds and attack.norm != norm:
+            raise UserError(f"{key}.norm={attack.norm}: {attack.kind} is an attack in {norm}")
+    for name in getattr(attack, "objectives", []):
+        if name not in OBJECTIVES:
+            raise UserError(f"{key}.objectives={name}: unknown; it is one of {', '.join(OBJECTIVES)}")
+    if attack.standing_only and not attack.decisive:
+        raise UserError(f"{key}.standing_only=true: needs decisive=true, so that all attacks share their samples")
     positive = ("n_samples", "steps", "relative_step_size", "c", "learning_rate", "binary_search_steps", "step_size",
-                "initial_const")  # fmt: skip
+                "initial_const", "restarts", "draws", "rho", "n_queries", "initial_gradient_eval_steps",
+                "max_gradient_eval_steps")  # fmt: skip
     for name in positive:
         value = getattr(attack, name, None)
         if value is not None and not value > 0:

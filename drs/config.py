@@ -16,18 +16,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from drs.attack_config import AttackConfig, SuiteConfig, attack_schema, check_suite
+from drs.attack_config import AttackConfig, SanityConfig, attack_schema
+from drs.data_cache import DATASETS
 from drs.errors import UserError
 from drs.schema import (
     LOSS_SCHEMAS,
+    PROCEDURE_SCHEMAS,
     DataConfig,
     DRSoftmaxConfig,
     EvaluateConfig,
     ModelConfig,
     OptimConfig,
+    StandardConfig,
     TrackingConfig,
     TrainConfig,
 )
+from drs.suite_config import SuiteConfig, check_suite, parse_epsilon
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 RESERVED_STUDIES = ("reference", "bench")
@@ -97,11 +101,22 @@ def train_config(config: DictConfig) -> TrainConfig:
     if name not in LOSS_SCHEMAS:
         raise UserError(f"loss.name={name}: unknown; it is one of {', '.join(LOSS_SCHEMAS)}")
     plain["loss"] = typed(LOSS_SCHEMAS[name], loss, "loss.")
-    nested = {key: plain.pop(key) for key in [*sections, "loss"]}
+    plain["procedure"] = _procedure(plain.get("procedure", {"name": "standard"}))
+    nested = {key: plain.pop(key) for key in [*sections, "loss", "procedure"]}
     # The nested sections are converted already; empty ones stand in while the flat keys are checked.
     flat = typed(_flat(TrainConfig, nested), plain)
     result = TrainConfig(**nested, **{item.name: getattr(flat, item.name) for item in fields(flat)})
     check_train(result)
+    return result
+
+
+def _procedure(section: Any) -> Any:
+    name = section.get("name") if isinstance(section, dict) else section
+    if name not in PROCEDURE_SCHEMAS:
+        raise UserError(f"procedure.name={name}: unknown; it is one of {', '.join(PROCEDURE_SCHEMAS)}")
+    result = typed(PROCEDURE_SCHEMAS[name], section, "procedure.")
+    if hasattr(result, "epsilon"):
+        result.epsilon = parse_epsilon(result.epsilon, "linf", "procedure.epsilon").value
     return result
 
 
@@ -118,13 +133,14 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     attacks: dict[str, AttackConfig] = {}
     for name, section in (suite.get("attacks") or {}).items():
         attacks[name] = typed(attack_schema(name, section), section, f"suite.attacks.{name}.")
-    flat_suite = typed(
-        _flat(SuiteConfig, {"attacks": None}), {k: v for k, v in suite.items() if k != "attacks"}, "suite."
-    )
+    sanity = suite.get("sanity")
+    parts = {
+        "attacks": attacks,
+        "sanity": None if sanity is None else typed(SanityConfig, sanity, "suite.sanity."),
+    }
+    flat_suite = typed(_flat(SuiteConfig, parts), {k: v for k, v in suite.items() if k not in parts}, "suite.")
     nested: dict[str, Any] = {
-        "suite": SuiteConfig(
-            attacks=attacks, **{item.name: getattr(flat_suite, item.name) for item in fields(flat_suite)}
-        ),
+        "suite": SuiteConfig(**parts, **{item.name: getattr(flat_suite, item.name) for item in fields(flat_suite)}),
         "tracking": typed(TrackingConfig, plain.get("tracking"), "tracking."),
     }
     flat = typed(_flat(EvaluateConfig, nested), {k: v for k, v in plain.items() if k not in nested})
@@ -133,6 +149,7 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     check_device_name(result.device)
     check_tracking(result.tracking)
     check_suite(result.suite)
+    _require(result.workers is None or result.workers >= 1, "workers", result.workers, "null or at least 1")
     return result
 
 
@@ -215,6 +232,8 @@ def check_train(config: TrainConfig) -> None:
     _require(0 < optim.warmup < 1, "optim.warmup", optim.warmup, "between 0 and 1, exclusive")
     for key in ("beta1", "beta2"):
         _require(0 <= getattr(optim, key) < 1, f"optim.{key}", getattr(optim, key), "at least 0 and below 1")
+    _check_procedure(config.procedure)
+    _check_data(config.data)
     loss = config.loss
     for key in ("weight", "ce_weight", "noise_std"):
         if hasattr(loss, key):
@@ -230,6 +249,25 @@ def check_train(config: TrainConfig) -> None:
         _one_of("loss.center", loss.center, ("non_label", "all_classes"))
 
 
+def _check_procedure(procedure: Any) -> None:
+    if isinstance(procedure, StandardConfig):
+        return
+    _require(procedure.steps >= 1, "procedure.steps", procedure.steps, "at least 1")
+    size = procedure.relative_step_size
+    _require(math.isfinite(size) and size > 0, "procedure.relative_step_size", size, "above 0")
+    beta = getattr(procedure, "beta", 0.0)
+    _require(math.isfinite(beta) and beta >= 0, "procedure.beta", beta, "a finite number, at least 0")
+
+
+def _check_data(data: DataConfig) -> None:
+    """Refuse a shape that contradicts the data set."""
+    known = DATASETS.get(data.name)
+    if known is None:
+        return
+    for key, value in (("size", known.size), ("channels", known.channels), ("num_classes", known.num_classes)):
+        _require(getattr(data, key) == value, f"data.{key}", getattr(data, key), f"{value} for {data.name}")
+
+
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Return what decides the result of a training: data, model, loss, optimisation and seed.
 
@@ -238,7 +276,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     data = asdict(config.data)
     for key in ("root", "cache"):
         del data[key]
+    # Standard training is what a run without a procedure means, so it does not enter a run's id.
+    standard = isinstance(config.procedure, StandardConfig)
     return {
+        **({} if standard else {"procedure": asdict(config.procedure)}),
         "data": data,
         "model": asdict(config.model),
         "loss": asdict(config.loss),
@@ -267,6 +308,22 @@ def loss_weight(loss: Any) -> float:
         if hasattr(loss, key):
             return float(getattr(loss, key))
     return 0.0
+
+
+def procedure_name(config: TrainConfig) -> str:
+    """Return ``standard``, ``adversarial`` or ``trades``."""
+    return str(config.procedure.name)
+
+
+def loss_label(config: TrainConfig) -> str:
+    """Return the name under which tables list a loss and the procedure that it was trained with.
+
+    The loss's own name for standard training; the procedure's for cross-entropy; both, joined by a plus, otherwise.
+    """
+    loss, procedure = str(config.loss.name), procedure_name(config)
+    if procedure == "standard":
+        return loss
+    return procedure if loss == "ce" else f"{procedure}+{loss}"
 
 
 def project_path(path: str) -> Path:

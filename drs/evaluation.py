@@ -1,107 +1,37 @@
-"""Every finished run of a study x every attack of a suite -> per-sample arrays, one file a cell.
-
-A cell is one run under one attack at one epsilon (an attack without a bound has one cell). Its file name carries a
-fingerprint of all that decides its content, so a changed setting makes a new cell and an unchanged one is kept.
-"""
+"""Every finished run of a study x every attack of a suite -> per-sample arrays, one file a cell."""
 
 import functools
 import json
-import math
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from drs.attack_config import UNBOUNDED, AttackConfig, Epsilon, SuiteConfig, suite_epsilons, suite_samples
+from drs.allocator import keep_freed_memory
+from drs.attack_config import AttackConfig, SanityConfig
 from drs.attacks import build_attack, run_attack
 from drs.attacks.contract import predict
-from drs.config import DataConfig, EvaluateConfig, TrainConfig, fingerprint, identity, project_path
+from drs.attacks.probes import run_probes
+from drs.cells import LOGIT_BATCH, Cell, plan_cells, standing_at
+from drs.config import DataConfig, EvaluateConfig, project_path
 from drs.data import LabelledImages, load_test_split
 from drs.device import choose_device
 from drs.errors import UserError
-from drs.runs import RunFolder, finished_runs, save_arrays, study_folder
+from drs.runs import RunFolder, finished_runs, load_arrays_file, save_arrays, study_folder
 
-CLEAN = "clean"
-LOGIT_BATCH = 1000
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One evaluation of one run.
-
-    Attributes:
-        attack: The name that tables show; ``clean`` for no attack.
-        config: None for ``clean``.
-        epsilon: Infinite for an attack without a bound.
-        n: Test samples, the first n of the fixed order; None for all.
-        path: Where its arrays are.
-    """
-
-    run: RunFolder
-    train: TrainConfig
-    attack: str
-    config: AttackConfig | None
-    epsilon: Epsilon
-    n: int | None
-    batch_size: int
-    path: Path
-
-    @property
-    def title(self) -> str:
-        """The cell's attack and bound, for progress output."""
-        return (
-            self.attack
-            if math.isinf(self.epsilon.value) or self.config is None
-            else f"{self.attack}@{self.epsilon.label}"
-        )
-
-
-def is_bounded(config: AttackConfig) -> bool:
-    """Return whether an attack takes an epsilon, so that each epsilon is a cell of its own."""
-    return build_attack(config).bounded
-
-
-def plan_cells(run: RunFolder, suite: SuiteConfig) -> list[Cell]:
-    """Return the cells of one run: clean first, then each attack of the suite at each epsilon of its norm.
-
-    Raises:
-        UserError: If the suite has no epsilons for the run's data.
-    """
-    config = run.config()
-    # A network is a function of its weights alone here, so the run's id stands for it.
-    cells = [_cell(run, config, CLEAN, None, UNBOUNDED, suite.n_clean, LOGIT_BATCH)]
-    for name, attack in suite.attacks.items():
-        epsilons = suite_epsilons(suite, config.data.name, attack.norm)
-        wanted = suite_samples(suite, config.data.name)
-        n = min(wanted, attack.n_samples or wanted)
-        for epsilon in epsilons if is_bounded(attack) else [UNBOUNDED]:
-            cells.append(_cell(run, config, name, attack, epsilon, n, suite.batch_size))
-    return cells
-
-
-def _cell(
-    run: RunFolder,
-    train: TrainConfig,
-    name: str,
-    attack: AttackConfig | None,
-    epsilon: Epsilon,
-    n: int | None,
-    batch_size: int,
-) -> Cell:
-    content: dict[str, Any] = {"data": identity(train)["data"]["name"], "n": n}
-    if attack is not None:
-        settings = {key: value for key, value in asdict(attack).items() if key != "n_samples"}
-        content |= {"attack": settings, "epsilon": str(epsilon.value), "batch_size": batch_size}
-    label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
-    path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
-    return Cell(run, train, name, attack, epsilon, n, batch_size, path)
+MAX_WORKERS = 4
+"""Processes that evaluate at once unless a config asks for more: each holds torch and the test images, some 0.5 GB."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -128,46 +58,85 @@ def clean_logits(model: nn.Module, data: LabelledImages, source: str) -> torch.T
     return torch.cat(parts)
 
 
-def fill_cell(
-    cell: Cell, model: nn.Module, device: torch.device, on_batch: Callable[[int], None] | None = None
-) -> float:
+def fill_cell(cell: Cell, model: nn.Module, device: torch.device) -> float:
     """Compute a cell and write its arrays; return the seconds it took.
 
-    The arrays: ``indices`` (sample ids), ``labels``, ``logits`` (of the adversarial images; of the clean one where
-    the model is wrong already), ``distance`` (norm of the perturbation, pixel units) and ``about`` (JSON).
+    Every cell has ``indices`` (sample ids), ``labels`` and ``about`` (JSON). An attack adds ``logits`` (of the
+    adversarial images; of the clean one where the model is wrong already), ``distance`` (norm of the perturbation,
+    pixel units) and ``attacked``; where it attacked only what cells before it left standing, the other samples keep
+    the logits and the distance with which the first of those fooled the model. The sanity checks add ``standing``
+    ``[P, N]``, in the order of ``about["probes"]``, and ``gradient_norm``.
     """
     data, indices = load_test(cell.train.data, cell.n, device)
     source = f"run {cell.run.run_id}"
     began = time.perf_counter()
-    if cell.config is None:
-        logits, distance = clean_logits(model, data, source), torch.zeros(len(data), dtype=torch.float64)
-    else:
-        try:
-            outcome = run_attack(
-                build_attack(cell.config), model, data.pixels(), data.labels, epsilon=cell.epsilon.value,
-                batch_size=cell.batch_size, seed=cell.config.seed, on_batch=on_batch,
-            )  # fmt: skip
-        except UserError as error:
-            raise UserError(f"{source}, {cell.title}: {error}") from None
-        logits, distance = outcome.logits, outcome.distance
-    seconds = time.perf_counter() - began
-    about = {
+    about: dict[str, Any] = {
         "attack": cell.attack,
         "config": asdict(cell.config) if cell.config is not None else None,
+        "objectives": list(cell.objectives),
+        "source": cell.source.run_id if cell.source else None,
         "epsilon_label": cell.epsilon.label,
-        "seconds": seconds,
         "device": device.type,
         "torch": torch.__version__,
     }
+    try:
+        if isinstance(cell.config, AttackConfig):
+            arrays = _attack(cell, cell.config, model, data, device)
+        elif isinstance(cell.config, SanityConfig):
+            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config)
+            about["probes"] = list(probes.standing)
+            arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
+        else:
+            logits = clean_logits(model, data, "clean images")
+            arrays = {"logits": logits.numpy(), "distance": np.zeros(len(data))}
+    except UserError as error:
+        raise UserError(f"{source}, {cell.title}: {error}") from None
+    about["seconds"] = seconds = time.perf_counter() - began
     save_arrays(
         cell.path,
         indices=indices.astype(np.int32),
         labels=data.labels.cpu().numpy().astype(np.int16),
-        logits=logits.numpy(),
-        distance=distance.numpy(),
+        **arrays,
         about=np.array(json.dumps(about)),
     )
     return seconds
+
+
+def _attack(
+    cell: Cell, config: AttackConfig, model: nn.Module, data: LabelledImages, device: torch.device
+) -> dict[str, np.ndarray]:
+    source = cell.source.load_model(device) if cell.source else None
+    attack = build_attack(config, adaptive_objectives=cell.objectives, source=source)
+    images, labels = data.pixels(), data.labels
+    logits, distance, standing = _before(cell, len(images))
+    chosen = torch.from_numpy(np.flatnonzero(standing)).to(device)
+
+    def run(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        outcome = run_attack(
+            attack, model, images, labels, epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=config.seed
+        )
+        return outcome.logits.numpy(), outcome.distance.numpy()
+
+    if logits is None:
+        logits, distance = run(images, labels)
+    elif len(chosen):
+        logits[standing], distance[standing] = run(images[chosen], labels[chosen])
+    return {"logits": logits, "distance": distance, "attacked": standing}
+
+
+def _before(cell: Cell, n: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """Return what the cells before one made of its samples: logits ``[N, K]``, distances and which still stand."""
+    logits, distance, standing = None, np.zeros(n), np.ones(n, dtype=bool)
+    for earlier in cell.after:
+        arrays = load_arrays_file(earlier.path)
+        count = min(n, len(arrays["labels"]))
+        fallen = ~standing_at(arrays, cell.epsilon.value)[:count] & standing[:count]
+        if logits is None:
+            logits = np.zeros((n, arrays["logits"].shape[1]), dtype=np.float32)
+        logits[:count][fallen] = arrays["logits"][:count][fallen]
+        distance[:count][fallen] = arrays["distance"][:count][fallen]
+        standing[:count] &= ~fallen
+    return logits, distance, standing
 
 
 @dataclass(frozen=True)
@@ -186,47 +155,119 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
         UserError: For a study without finished runs, a damaged checkpoint, a broken model or a broken attack. What
             was finished before it stays.
     """
+    keep_freed_memory()
     study = study_folder(config.results_dir, config.study)
     runs = finished_runs(study)
     device = choose_device(config.device)
-    cells = {run.run_id: plan_cells(run, config.suite) for run in runs}
+    cells = {run.run_id: plan_cells(run, config.suite, runs) for run in runs}
     missing = {name: [cell for cell in planned if not cell.path.exists()] for name, planned in cells.items()}
     total = sum(len(planned) for planned in missing.values())
+    todo = [(run, missing[run.run_id]) for run in runs if missing[run.run_id]]
+    workers = count_workers(config, device, len(todo))
+    share = f", {workers} runs at a time" if workers > 1 else ""
     print(
-        f"{config.study}: {len(runs)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute",
+        f"{config.study}: {len(runs)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute{share}",
         flush=True,
     )
-    began = time.perf_counter()
-    todo = [(run, missing[run.run_id]) for run in runs if missing[run.run_id]]
     with _bar(total, config.progress) as bar:
-        for position, (run, planned) in enumerate(todo, 1):
-            started = time.perf_counter()
-            model = run.load_model(device)
-            for cell in planned:
-                bar.set_postfix_str(
-                    f"run {position}/{len(todo)} {cell.train.data.name} {cell.train.loss.name} {cell.title}"
-                )
-                fill_cell(cell, model, device)
-                bar.update()
-            if config.progress and bar.disable:
-                now = time.perf_counter()
-                left = (now - began) / position * (len(todo) - position)
-                print(
-                    f"evaluated run {position}/{len(todo)} ({now - started:.0f} s), about {left:.0f} s left", flush=True
-                )
+        if workers > 1:
+            _evaluate_in_processes(todo, device, workers, config.progress, bar)
+        else:
+            _evaluate_in_turn(todo, device, config.progress, bar)
     return StudyEvaluation(study, [cell for planned in cells.values() for cell in planned], total)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> int:
+    """Return how many runs are evaluated at a time: as asked, or on a CPU one for each core, at most ``MAX_WORKERS``.
+
+    Small networks lose more to threads that wait for each other than a second core gives them, so one thread for
+    each of several runs beats several threads for one.
+    """
+    wanted = config.workers
+    if wanted is None:
+        wanted = min(available_cores(), MAX_WORKERS) if device.type == "cpu" else 1
+    return max(1, min(wanted, n_runs))
+
+
+def _evaluate_in_turn(
+    todo: list[tuple[RunFolder, list[Cell]]], device: torch.device, progress: bool, bar: "tqdm[Any]"
+) -> None:
+    lines = _Lines(len(todo), progress and bar.disable)
+    for position, (run, planned) in enumerate(todo, 1):
+        model = run.load_model(device)
+        began = time.perf_counter()
+        for cell in planned:
+            bar.set_postfix_str(
+                f"run {position}/{len(todo)} {cell.train.data.name} {cell.train.loss.name} {cell.title}"
+            )
+            fill_cell(cell, model, device)
+            bar.update()
+        lines.finished(time.perf_counter() - began)
+
+
+def _evaluate_run(run: RunFolder, cells: list[Cell], device_name: str, threads: int) -> float:
+    """Fill the cells of one run in a worker process; return the seconds it took."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    device = torch.device(device_name)
+    began = time.perf_counter()
+    model = run.load_model(device)
+    for cell in cells:
+        fill_cell(cell, model, device)
+    return time.perf_counter() - began
+
+
+def _evaluate_in_processes(
+    todo: list[tuple[RunFolder, list[Cell]]], device: torch.device, workers: int, progress: bool, bar: "tqdm[Any]"
+) -> None:
+    lines = _Lines(len(todo), progress and bar.disable)
+    threads = max(1, available_cores() // workers)
+    with _pool(workers) as pool:
+        futures: dict[Future[float], int] = {
+            pool.submit(_evaluate_run, run, planned, str(device), threads): len(planned) for run, planned in todo
+        }
+        for future in as_completed(futures):
+            seconds = future.result()
+            bar.update(futures[future])
+            lines.finished(seconds)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield worker processes; after an error or an interrupt they are stopped at once, and no cell is half written."""
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    except BaseException:
+        for process in (getattr(pool, "_processes", None) or {}).values():
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+class _Lines:
+    """A line per finished run, with the time left, where there is no terminal for a bar."""
+
+    def __init__(self, total: int, enabled: bool) -> None:
+        self.total = total
+        self.enabled = enabled
+        self.done = 0
+        self.began = time.perf_counter()
+
+    def finished(self, seconds: float) -> None:
+        self.done += 1
+        if self.enabled:
+            left = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
+            print(f"evaluated run {self.done}/{self.total} ({seconds:.0f} s), about {left:.0f} s left", flush=True)
 
 
 def _bar(total: int, enabled: bool) -> "tqdm[Any]":
     terminal = enabled and sys.stderr.isatty()
     layout = "attacks {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"
     return tqdm(total=total, disable=not terminal, dynamic_ncols=True, leave=False, bar_format=layout)
-
-
-def by_run(cells: list[Cell]) -> Iterator[tuple[RunFolder, list[Cell]]]:
-    """Group the cells of a study by run, in order."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.run.run_id, []).append(cell)
-    for planned in groups.values():
-        yield planned[0].run, planned

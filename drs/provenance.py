@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from drs.attack_config import suite_epsilons, suite_samples
 from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, project_path
 from drs.data_sources import DATASETS, array_digest, read_cache
+from drs.suite_config import suite_epsilons, suite_samples
 
 PACKAGES = ("torch", "torchvision", "torchattacks", "foolbox", "numpy", "scipy", "pandas", "hydra-core")
 

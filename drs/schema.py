@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from drs.attack_config import SuiteConfig
+from drs.suite_config import SuiteConfig
 
 
 @dataclass
@@ -103,6 +103,42 @@ LOSS_SCHEMAS: dict[str, type] = {
 
 
 @dataclass
+class StandardConfig:
+    """Standard training."""
+
+    name: str = "standard"
+
+
+@dataclass
+class AdversarialConfig:
+    """See ``drs.procedures.AdversarialTraining``; epsilon in pixel units, a number once the config is converted."""
+
+    name: str
+    epsilon: Any
+    steps: int = 7
+    relative_step_size: float = 0.25
+    random_start: bool = True
+
+
+@dataclass
+class TradesConfig:
+    """See ``drs.procedures.Trades``; epsilon in pixel units, a number once the config is converted."""
+
+    name: str
+    epsilon: Any
+    steps: int = 7
+    relative_step_size: float = 0.25
+    beta: float = 6.0
+
+
+PROCEDURE_SCHEMAS: dict[str, type] = {
+    "standard": StandardConfig,
+    "adversarial": AdversarialConfig,
+    "trades": TradesConfig,
+}
+
+
+@dataclass
 class OptimConfig:
     """An optimiser and its learning-rate schedule, stepped once per optimisation step."""
 
@@ -139,6 +175,7 @@ class TrainConfig:
     batch_size: int
     seed: int
     study: str
+    procedure: Any = field(default_factory=StandardConfig)
     precision: str = "float32"
     compile: bool = False
     device: str = "auto"
@@ -158,4 +195,5 @@ class EvaluateConfig:
     results_dir: str = "results"
     progress: bool = True
     timing: bool = True
+    workers: int | None = None
     grid: list[dict[str, Any]] = field(default_factory=list)

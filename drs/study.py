@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from drs.cells import by_run
 from drs.claims import decide_claims
 from drs.config import EvaluateConfig, fingerprint
 from drs.correlation import correlation_table
 from drs.device import choose_device
-from drs.evaluation import StudyEvaluation, by_run
+from drs.evaluation import StudyEvaluation
 from drs.files import sha256_of
+from drs.granulated import granulated_table
 from drs.paired import paired_difference_table
+from drs.partial import partial_correlation_table
 from drs.provenance import describe_study
 from drs.runs import iterate_runs, write_json
 from drs.tables import attack_seconds, build_tables, write_tables
@@ -69,6 +72,8 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
     print("correlations over models, and the claims", flush=True)
     models = tables["models"]
     tables["correlations"] = correlation_table(models)
+    tables["partial_correlations"] = partial_correlation_table(models)
+    tables["granulated"] = granulated_table(models)
     tables["paired_differences"] = paired_difference_table(models)
     tables["claims"] = decide_claims(
         models, tables["correlations"], tables["timing"], tables["landing"], strong_suite=config.suite.strong

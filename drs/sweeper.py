@@ -5,8 +5,11 @@ and cross-entropy has no weight. ``grid`` in an experiment file is a list of pro
 override key to a value or to values separated by commas. Overrides on the command line win over the grid's.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import ListConfig, OmegaConf
 
@@ -70,3 +74,46 @@ def grid_jobs(experiment: str, *arguments: str) -> list[tuple[list[str], TrainCo
         grid = OmegaConf.to_container(compose("train", base).grid)
         jobs = expand_grid(grid, base)  # type: ignore[arg-type]
         return [(job, train_config(compose("train", job))) for job in jobs]
+
+
+def job_error(job: JobReturn) -> Exception:
+    """Return what stopped a failed job; the notes of a defect, which is no mistake of the user's, say which job."""
+    try:
+        # Only the job's own accessor gives its error out, and it prints a line of its own as it raises it.
+        with redirect_stderr(StringIO()):
+            _ = job.return_value
+    except UserError as error:
+        return error
+    except Exception as error:
+        error.add_note(f"Overrides of the job: {' '.join(job.overrides or [])}")
+        return error
+    raise ValueError("the job has not failed")
+
+
+def core_count() -> int:
+    """Return how many cores this process may use: affinity and a container's limit count."""
+    from joblib import cpu_count  # takes time to import, which a single training need not spend
+
+    return int(cpu_count())
+
+
+def worker_count(n_jobs: object, n_tasks: int) -> int:
+    """Return how many jobs to run at a time: ``n_jobs``, -1 meaning one for each core, and at most ``n_tasks``.
+
+    Raises:
+        UserError: Unless ``n_jobs`` is -1 or a whole number above 0.
+    """
+    if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or not (n_jobs == -1 or n_jobs > 0):
+        raise UserError(f"hydra.launcher.n_jobs={n_jobs}: must be a number of jobs, or -1 for one on each core")
+    return max(1, min(core_count() if n_jobs == -1 else n_jobs, n_tasks))
+
+
+def threads_each(workers: int) -> int:
+    """Return the threads of each worker: its share of the cores, at least 1, unless OMP_NUM_THREADS sets them."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdecimal() and int(chosen) else max(1, core_count() // workers)
+
+
+def threads_text(threads: int) -> str:
+    """Write a number of threads as ``one thread each`` or ``3 threads each``."""
+    return "one thread each" if threads == 1 else f"{threads} threads each"

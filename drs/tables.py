@@ -10,17 +10,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from drs.attack_config import UNBOUNDED, Epsilon, SuiteConfig, suite_epsilons
-from drs.config import TrainConfig, loss_weight
-from drs.evaluation import CLEAN, Cell, by_run, is_bounded
+from drs.attack_config import AttackConfig
+from drs.cells import Cell, by_run
+from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
 from drs.files import atomic_write
 from drs.landing import landing_row, mean_matrices
+from drs.model_rows import read_model
 from drs.runs import iterate_runs, load_arrays_file
-from drs.statistics import STATISTICS, softmax_statistics
+from drs.sample_correlation import sample_correlation_rows
+from drs.sanity import failed_checks, sanity_rows
+from drs.suite_config import SuiteConfig, suite_epsilons
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
-CHANCE_FACTOR = 2.0
-"""A model whose clean accuracy is below this multiple of chance has learned nothing and is kept out of claims."""
+MINIMAL_NORM = ("cw", "fmn_linf", "fmn_l2")
+"""Attacks whose perturbation sizes are read as minimal norms, sample by sample."""
 
 
 def describe(run_id: str, config: TrainConfig) -> dict[str, Any]:
@@ -29,15 +32,10 @@ def describe(run_id: str, config: TrainConfig) -> dict[str, Any]:
         "run_id": run_id,
         "data": config.data.name,
         "model": config.model.name,
-        "loss": config.loss.name,
+        "loss": loss_label(config),
         "loss_weight": loss_weight(config.loss),
         "seed": config.seed,
     }
-
-
-def column(attack: str, epsilon: Epsilon) -> str:
-    """Return the name of an accuracy column without its ``acc.`` prefix, ``pgd@8/255`` say."""
-    return f"{attack}@{epsilon.label}"
 
 
 def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str, pd.DataFrame]:
@@ -48,7 +46,7 @@ def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str
         suite: The suite they belong to.
         study: The study's folder, for training metrics and failed runs.
     """
-    models, accuracy, landing, training = [], [], [], []
+    models, accuracy, worst, sanity, landing, samples, training = [], [], [], [], [], [], []
     profiles: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
     matrices: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
     for run, planned in by_run(cells):
@@ -56,25 +54,37 @@ def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str
         arrays = {cell.path: load_arrays_file(cell.path) for cell in planned}
         named = describe(run.run_id, config)
         clean = arrays[planned[0].path]
-        row, rows = _model_rows(named, planned, arrays, suite)
-        row["train_seconds"] = run.status().get("train_seconds", math.nan)
-        models.append(row)
-        accuracy += [{**named, **item, "excluded": row["excluded"]} for item in rows]
+        reading = read_model(named, planned, arrays, suite)
+        judged = sanity_rows(planned, arrays)
+        state = {"excluded": reading.row["excluded"]}
+        failed = {"failed_checks": failed_checks(judged)}
+        procedure = {"procedure": procedure_name(config)}
+        train_seconds = {"train_seconds": run.status().get("train_seconds", math.nan)}
+        models.append({**reading.row, **train_seconds, **procedure, **failed, **state})
+        accuracy += [{**named, **item, **state} for item in reading.accuracy]
+        worst += [{**named, **procedure, **item, **state, **failed} for item in reading.worst]
+        sanity += [{**named, **item, **state} for item in judged]
         profiles[_group(named)].append(_nonlabel_sorted(clean))
         for cell in planned[1:]:
-            item, pair = landing_row(clean, arrays[cell.path])
+            if not isinstance(cell.config, AttackConfig):
+                continue
+            found = arrays[cell.path]
+            item, pair = landing_row(clean, found)
             label = cell.epsilon.label
-            landing.append(
-                {**named, "attack": cell.attack, "epsilon_label": label, **item, "excluded": row["excluded"]}
-            )
-            if not row["excluded"] and _has_matrices(cell, suite):
+            landing.append({**named, "attack": cell.attack, "epsilon_label": label, **item, **state})
+            if not state["excluded"] and _has_matrices(cell, suite):
                 matrices[(*_group(named), cell.attack, label)].append(pair)
-        metrics = pd.read_csv(run.path / "metrics.csv")
-        training.append(metrics.assign(**named))
+            if cell.attack in MINIMAL_NORM:
+                rows = sample_correlation_rows(clean, found)
+                samples += [{**named, "attack": cell.attack, **row, **state} for row in rows]
+        training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
     failures = pd.DataFrame(_failures(study), columns=[*_NAMES, "reason", "epoch"])
     return {
         "models": _ordered(pd.DataFrame(models)),
         "accuracy": _ordered(pd.DataFrame(accuracy)),
+        "worst_case": _ordered(pd.DataFrame(worst, columns=WORST_COLUMNS)),
+        "sanity": _ordered(pd.DataFrame(sanity, columns=SANITY_COLUMNS)),
+        "sample_correlations": _ordered(pd.DataFrame(samples)),
         "softmax_profile": pd.DataFrame(_profile_rows(profiles)),
         "landing": _ordered(pd.DataFrame(landing)),
         "landing_matrices": mean_matrices(_one_weight(matrices)),
@@ -84,6 +94,13 @@ def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str
 
 
 _NAMES = ["run_id", "data", "model", "loss", "loss_weight", "seed"]
+WORST_COLUMNS = [
+    *_NAMES, "procedure", "norm", "epsilon", "epsilon_label", "n", "clean", "pgd", "worst", "excluded",
+    "failed_checks",
+]  # fmt: skip
+SANITY_COLUMNS = [
+    *_NAMES, "check", "figure", "threshold", "passed", "n", "epsilon_label", "detail", "excluded",
+]  # fmt: skip
 
 
 def _group(named: dict[str, Any]) -> tuple[Any, ...]:
@@ -115,72 +132,6 @@ def _one_weight(matrices: dict[tuple[Any, ...], list[np.ndarray]]) -> dict[tuple
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
     table = table[[*_NAMES, *(name for name in table.columns if name not in _NAMES)]]
     return table.sort_values(["data", "model", "loss", "loss_weight", "seed"], kind="stable").reset_index(drop=True)
-
-
-def _model_rows(
-    named: dict[str, Any], planned: list[Cell], arrays: dict[Path, dict[str, np.ndarray]], suite: SuiteConfig
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    clean = arrays[planned[0].path]
-    correct = clean["logits"].argmax(1) == clean["labels"]
-    clean_accuracy = float(correct.mean())
-    chance = 1 / clean["logits"].shape[1]
-    excluded = "near chance on clean data" if clean_accuracy < CHANCE_FACTOR * chance else ""
-    rows = [_accuracy_row(CLEAN, "linf", Epsilon(0.0, "0"), correct)]
-    norms: dict[str, float] = {}
-    standing: dict[tuple[str, Epsilon], list[np.ndarray]] = defaultdict(list)
-    data = planned[0].train.data.name
-    for cell in planned[1:]:
-        assert cell.config is not None
-        found = arrays[cell.path]
-        right = found["logits"].argmax(1) == found["labels"]
-        if is_bounded(cell.config):
-            verdicts = {cell.epsilon: right}
-        else:
-            # Samples that the model gets wrong already need no perturbation: their distance is 0.
-            minimal = np.where(right, math.inf, found["distance"])
-            norms[cell.attack] = float(np.median(minimal))
-            bounds = suite_epsilons(suite, data, cell.config.norm)
-            verdicts = {epsilon: minimal > epsilon.value for epsilon in bounds} | {UNBOUNDED: right}
-        for epsilon, robust in verdicts.items():
-            if not (math.isinf(epsilon.value) and cell.attack == "cw"):
-                rows.append(_accuracy_row(cell.attack, cell.config.norm, epsilon, robust))
-            standing[(cell.config.norm, epsilon)].append(robust)
-    for (norm, epsilon), lists in standing.items():
-        if math.isfinite(epsilon.value):
-            rows.append(_accuracy_row(f"worst_{norm}", norm, epsilon, _worst(lists)))
-    means: dict[str, list[float]] = defaultdict(list)
-    row: dict[str, Any] = {**named, "clean_accuracy": clean_accuracy, "train_seconds": math.nan}
-    row |= {"n_clean": len(correct), "n_attacked": max((item["n"] for item in rows[1:]), default=0)}
-    statistics = softmax_statistics(torch.from_numpy(clean["logits"]), torch.from_numpy(clean["labels"]).long())
-    row |= {f"stat.{name}": float(statistics[name].mean()) for name in STATISTICS}
-    for item in rows[1:]:
-        row[f"acc.{item['attack']}@{item['epsilon_label']}"] = item["robust_accuracy"]
-        if math.isfinite(item["epsilon"]):
-            means[item["attack"]].append(item["robust_accuracy"])
-    row |= {f"acc.{attack}@mean": float(np.mean(values)) for attack, values in means.items()}
-    row |= {f"norm.{attack}": value for attack, value in norms.items()}
-    row["excluded"] = excluded
-    return row, rows
-
-
-def _worst(lists: list[np.ndarray]) -> np.ndarray:
-    """Standing against every attack, sample by sample, over the samples that all of them attacked.
-
-    Attacks on a subset take the first samples of the same fixed order, so the shortest list is common to all.
-    """
-    shared = min(len(item) for item in lists)
-    return np.logical_and.reduce([item[:shared] for item in lists])
-
-
-def _accuracy_row(attack: str, norm: str, epsilon: Epsilon, robust: np.ndarray) -> dict[str, Any]:
-    return {
-        "attack": attack,
-        "norm": norm,
-        "epsilon": epsilon.value,
-        "epsilon_label": epsilon.label,
-        "n": len(robust),
-        "robust_accuracy": float(robust.mean()),
-    }
 
 
 def _nonlabel_sorted(clean: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""What the penalty costs: training steps of two losses, interleaved on the same model and batch."""
+"""What a loss or a training procedure costs: training steps in turn with cross-entropy, on the same model and batch."""
 
+import math
 import time
 from dataclasses import asdict
 
@@ -7,22 +8,30 @@ import numpy as np
 import pandas as pd
 import torch
 
-from drs.config import TrainConfig, loss_weight
+from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
 from drs.losses import build_loss
+from drs.procedures import Procedure, build_procedure
 from drs.runs import build_model_of
 from drs.training import build_optimizer, load_split
+from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 COLUMNS = [
     "data", "model", "loss", "loss_weight", "baseline", "batch_size", "n_pairs", "baseline_ms", "loss_ms", "ratio",
     "ci_low", "ci_high", "device",
 ]  # fmt: skip
+N_PAIRS = 200
+N_PAIRS_PROCEDURE = 40
+"""Fewer: an inner attack makes a step several times as long, and its ratio far from 1."""
 
 
-def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200, warmup: int = 5) -> dict[str, object]:
+def time_steps(
+    config: TrainConfig, device: torch.device, *, n_pairs: int = N_PAIRS, warmup: int = 5
+) -> dict[str, object]:
     """Time training steps of a config's loss against cross-entropy, one of each in turn, the order alternating.
 
-    A step is forward, backward and the optimiser's update on one fixed batch of the training data. Returns a row of
-    ``COLUMNS``: medians in milliseconds, the median of the pairwise ratios and its 95 % bootstrap interval.
+    A step is the inner attack of the config's procedure, if it has one, forward, backward and the optimiser's update
+    on one fixed batch of the training data. Returns a row of ``COLUMNS``: medians in milliseconds, the median of the
+    pairwise ratios and its 95 % bootstrap interval.
     """
     training, _ = load_split(config.data, device)
     index = torch.arange(config.batch_size)
@@ -37,13 +46,18 @@ def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200,
     losses = [build_loss("ce"), build_loss(config.loss.name, **options)]
     for loss in losses:
         loss.validate = False  # as in training
+    procedures = [Procedure(), build_procedure(config.procedure, 0, device)]
 
     def step(which: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        losses[which](model(images), labels).backward()
+        chosen = procedures[which].images(model, images, labels)
+        logits = model(chosen)
+        value = losses[which](logits, labels)
+        extra = procedures[which].regulariser(model, logits)
+        (value if extra is None else value + extra).backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -60,7 +74,7 @@ def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200,
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     baseline_ms, loss_ms = 1e3 * np.median(seconds, axis=0)
     values = [
-        config.data.name, config.model.name, config.loss.name, loss_weight(config.loss), "ce", config.batch_size,
+        config.data.name, config.model.name, loss_label(config), loss_weight(config.loss), "ce", config.batch_size,
         n_pairs, baseline_ms, loss_ms, float(np.median(ratios)), low, high, device.type,
     ]  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
@@ -69,18 +83,32 @@ def time_steps(config: TrainConfig, device: torch.device, *, n_pairs: int = 200,
 def update_timing(
     configs: list[TrainConfig], known: pd.DataFrame, device: torch.device, *, measure: bool
 ) -> pd.DataFrame:
-    """Return ``known`` with a row for every setting of a dr_softmax run that it lacks.
+    """Return ``known`` with a row for each group and batch size that it lacks.
 
-    A setting is a data set, architecture, weight, batch size and device type. With ``measure`` off only known rows
+    A group is a data set and an architecture. Timed are dr_softmax at one weight, the primary one or the nearest to it
+    (the weight is a factor and does not change the work), and every procedure. With ``measure`` off only known rows
     return.
     """
     rows = known.to_dict("records")
-    seen = {(row["data"], row["model"], row["loss_weight"], row["batch_size"], row["device"]) for row in rows}
-    for config in configs:
-        if config.loss.name != "dr_softmax" or not measure:
-            continue
-        key = (config.data.name, config.model.name, loss_weight(config.loss), config.batch_size, device.type)
-        if key not in seen:
-            seen.add(key)
-            rows.append(time_steps(config, device))  # type: ignore[arg-type]
+    seen = {tuple(row[key] for key in _KEY) for row in rows}
+    for config in _one_weight(configs) if measure else []:
+        values = config.data.name, config.model.name, loss_label(config), config.batch_size, device.type
+        if values not in seen:
+            seen.add(values)
+            n_pairs = N_PAIRS if procedure_name(config) == "standard" else N_PAIRS_PROCEDURE
+            rows.append(time_steps(config, device, n_pairs=n_pairs))  # type: ignore[arg-type]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+_KEY = ("data", "model", "loss", "batch_size", "device")
+
+
+def _one_weight(configs: list[TrainConfig]) -> list[TrainConfig]:
+    """Return what is worth timing, the weight nearest to the primary one first."""
+
+    def distance(config: TrainConfig) -> float:
+        weight = loss_weight(config.loss)
+        return abs(math.log(weight / PRIMARY_WEIGHT)) if weight > 0 else math.inf
+
+    timed = [c for c in configs if loss_label(c) == PRIMARY_LOSS or procedure_name(c) != "standard"]
+    return sorted(timed, key=distance)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,19 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
-from drs.config import DataConfig, OptimConfig, TrainConfig, identity, loss_weight, project_path, run_id
+from drs.allocator import keep_freed_memory
+from drs.config import DataConfig, OptimConfig, TrainConfig, identity, project_path
 from drs.data import LabelledImages, iterate_batches, load_training_split
 from drs.device import choose_device
 from drs.errors import DivergedError, UserError
 from drs.losses import ClassificationLoss, build_loss
+from drs.procedures import Procedure, build_procedure
 from drs.runs import build_model_of, run_folder
 from drs.tracking import open_tracker
-
-CHECK_EVERY = {"cpu": 1}
-"""After how many steps the loss is looked at; on an accelerator each look waits for the device."""
-CHECK_EVERY_DEFAULT = 25
+from drs.training_progress import FiniteLoss, ProgressBar
 
 
 @dataclass(frozen=True)
@@ -108,12 +105,13 @@ def fit(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train and return the model in eval mode and a row of metrics per epoch.
 
-    The seed decides initialisation, order, augmentation and input noise; on a CPU with the same number of threads
-    the result repeats bit for bit. Sets the global seed of torch.
+    The seed decides initialisation, order, augmentation, input noise and inner attacks; on a CPU with the same number
+    of threads the result repeats bit for bit. Sets the global seed of torch.
 
     Raises:
         DivergedError: At the first loss that is not finite.
     """
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     model = build_model_of(config).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     options = {key: value for key, value in asdict(config.loss).items() if key != "name"}
@@ -126,12 +124,13 @@ def fit(
     forward = torch.compile(model) if config.compile else model
     order = torch.Generator().manual_seed(config.seed)
     noise = torch.Generator(device).manual_seed(config.seed)
+    procedure = build_procedure(config.procedure, config.seed, device)
     rows = []
-    with _ProgressBar(config, steps, enabled=progress) as bar:
+    with ProgressBar(config, steps, enabled=progress) as bar:
         for epoch in range(1, config.epochs + 1):
             began = time.perf_counter()
             model.train()
-            guard = _FiniteLoss(epoch, steps, device)
+            guard = FiniteLoss(epoch, steps, device)
             correct = torch.zeros((), device=device)
             batches = iterate_batches(
                 training, config.batch_size, generator=order, augment=config.data.augment,
@@ -141,7 +140,9 @@ def fit(
                 if loss.noise_std:
                     images = images + loss.noise_std * torch.randn(images.shape, generator=noise, device=device)
                 images = images.contiguous(memory_format=torch.channels_last)
-                value, logits = _step(forward, loss, optimizers, schedules, images, labels, config.precision)
+                with autocast(device, config.precision):
+                    images = procedure.images(model, images, labels)
+                value, logits = _step(forward, loss, optimizers, schedules, images, labels, config.precision, procedure)
                 guard.record(value)
                 correct += (logits.argmax(dim=1) == labels).sum()
                 bar.step(epoch, guard)
@@ -179,13 +180,17 @@ def _step(
     images: Tensor,
     labels: Tensor,
     precision: str,
+    procedure: Procedure,
 ) -> tuple[Tensor, Tensor]:
     """Take one optimisation step per phase of the loss; return the first phase's loss and logits."""
     first: tuple[Tensor, Tensor] | None = None
     for phase, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
         with autocast(images.device, precision):
             logits = forward(images)
+            extra = procedure.regulariser(forward, logits) if phase == 0 else None
         value = loss(logits, labels, phase)
+        if extra is not None:
+            value = value + extra
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
@@ -245,76 +250,3 @@ def measure(model: nn.Module, data: LabelledImages, precision: str = "float32") 
         total[1] += float((logits.argmax(dim=1) == labels).sum())
     mean_loss, accuracy = (total / len(data)).tolist()
     return mean_loss, accuracy
-
-
-class _FiniteLoss:
-    """The losses of one epoch, kept on the device and looked at every so often."""
-
-    def __init__(self, epoch: int, steps: int, device: torch.device) -> None:
-        self.epoch = epoch
-        self.values = torch.zeros(steps, device=device)
-        self.count = 0
-        self.every = CHECK_EVERY.get(device.type, CHECK_EVERY_DEFAULT)
-
-    def record(self, value: Tensor) -> None:
-        self.values[self.count] = value
-        self.count += 1
-        if self.count % self.every == 0:
-            self.check()
-
-    def check(self) -> None:
-        start = max(0, self.count - self.every)
-        recent = self.values[start : self.count]
-        finite = torch.isfinite(recent)
-        if not bool(finite.all()):
-            step = int((~finite).nonzero()[0, 0])
-            raise DivergedError(self.epoch, start + step + 1, float(recent[step]))
-
-    def mean(self) -> float:
-        return float(self.values[: self.count].double().mean())
-
-    def latest(self) -> float:
-        return float(self.values[self.count - 1])
-
-
-class _ProgressBar:
-    """Loss, accuracy and time left; a bar in a terminal, one line at the end elsewhere."""
-
-    def __init__(self, config: TrainConfig, steps: int, *, enabled: bool) -> None:
-        weight = f" b={loss_weight(config.loss):g}" if loss_weight(config.loss) else ""
-        self.title = f"{config.data.name} {config.model.name} {config.loss.name}{weight} seed {config.seed}"
-        self.enabled = enabled
-        self.terminal = enabled and sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps * config.epochs, desc=self.title, leave=False, disable=not self.terminal, mininterval=0.2,
-            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-        )  # fmt: skip
-        self.run_id = run_id(config)
-        self.epochs = config.epochs
-        self.accuracy = ""
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def step(self, epoch: int, guard: _FiniteLoss) -> None:
-        if self.terminal:
-            if guard.count % CHECK_EVERY_DEFAULT == 0 or guard.count == len(guard.values):
-                self.bar.set_postfix_str(
-                    f"epoch {epoch}/{self.epochs} loss {guard.latest():.3f}{self.accuracy}", refresh=False
-                )
-            self.bar.update()
-
-    def epoch(self, row: dict[str, float]) -> None:
-        self.accuracy = f" val acc {row['val_accuracy']:.1%}"
-        self.last = row
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        if self.enabled and hasattr(self, "last"):
-            row = self.last
-            print(
-                f"{self.title}: epoch {int(row['epoch'])}/{self.epochs}, loss {row['train_loss']:.4f}, "
-                f"train accuracy {row['train_accuracy']:.2%}, validation accuracy {row['val_accuracy']:.2%} "
-                f"({self.run_id})",
-                flush=True,
-            )

@@ -8,6 +8,7 @@ attacks are kept, so that a call that was interrupted goes on where it stopped.
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -31,7 +32,7 @@ from drs.errors import UserError
 from drs.markdown import fixed, interval
 from drs.report import read_provenance
 from drs.runs import run_folder, study_folder
-from drs.sweeper import grid_jobs, register_plugins
+from drs.sweeper import core_count, grid_jobs, register_plugins, threads_each, threads_text
 
 SCRIPTS = PROJECT_ROOT / "scripts"
 EFFECTS = {
@@ -40,6 +41,10 @@ EFFECTS = {
     "C3": "ratio of step times",
     "C4": "Spearman's rho",
 }
+MAX_WORKERS = 4
+"""How many trainings run at a time at most: on CIFAR-10 each takes 0.75 GiB, and all are to fit into 4 GiB."""
+GRACE_SECONDS = 5.0
+"""How long an interrupted step may take to end its own processes."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,11 @@ def main() -> int:
 
     plans = [make_plan(name) for name in ([chosen] if chosen else default_experiments())]
     for plan in plans:
-        show(plan_text(plan, REFERENCE, width=terminal_width()))
+        show(plan_text(plan, REFERENCE, terminal_width(), training_workers(plan)))
     run_step("fetch_data.py", *dict.fromkeys(name for plan in plans for name in plan.data))
     for plan in plans:
         if plan.n_left:
-            run_step("train.py", f"experiment={plan.experiment}")
+            run_step("train.py", *training_arguments(plan, training_workers(plan)))
         run_step("evaluate.py", f"experiment={plan.experiment}")
     for plan in plans:
         show(claims_text(plan.folder, width=terminal_width()))
@@ -117,13 +122,29 @@ def _state(status: dict[str, Any]) -> str:
     return "diverged" if status.get("reason") == "diverged" else str(status.get("state", "new"))
 
 
-def plan_text(plan: Plan, reference_root: Path, width: int) -> str:
+def training_workers(plan: Plan) -> int:
+    """Return how many of a plan's trainings run at a time: one on a GPU, else one for each core, up to a limit.
+
+    Two small networks on a thread each train faster than one after the other on two, which wait for each other.
+    """
+    return 1 if torch.cuda.is_available() else max(1, min(core_count(), MAX_WORKERS, len(plan.jobs)))
+
+
+def training_arguments(plan: Plan, workers: int) -> list[str]:
+    """Return what the training step is called with."""
+    parallel = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={workers}"] if workers > 1 else []
+    return [f"experiment={plan.experiment}", *parallel]
+
+
+def plan_text(plan: Plan, reference_root: Path, width: int, workers: int = 1) -> str:
     """Tell what will be trained and attacked, what is done already, and how long it took elsewhere."""
     lines = [f"Experiment {plan.experiment}, into {plan.folder}"]
     for (data, model), group in groupby(plan.jobs, key=lambda job: (job.data.name, job.model.name)):
         lines += _training_lines(f"{data}/{model}", list(group))
     counts = ", ".join(f"{count} {state}" for state, count in sorted(plan.states.items()) if state != "new")
     lines.append(f"  trainings: {len(plan.jobs)}, of which {plan.n_left} are left" + (f" ({counts})" if counts else ""))
+    if workers > 1:
+        lines.append(f"  trainings run {workers} at a time, {threads_text(threads_each(workers))}")
     attacks = ", ".join(_attack_label(plan.suite, name) for name in plan.suite.attacks)
     lines.append(f"  attacks ({plan.suite.name} suite): {attacks}")
     for data in plan.data:
@@ -166,9 +187,23 @@ def _expected_time(reference: Path) -> str:
 
 
 def run_step(script: str, *arguments: str) -> None:
-    """Run another script of this folder with its output passed through; end the program if it fails."""
+    """Run another script of this folder with its output passed through; end the program if it fails.
+
+    Raises:
+        KeyboardInterrupt: If the program is interrupted, once the script has ended.
+    """
     show(f"-- {script} {' '.join(arguments)}")
-    status = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], cwd=PROJECT_ROOT).returncode
+    process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], cwd=PROJECT_ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        # A terminal interrupts the script as well, and subprocess.run would kill it before it has ended its workers.
+        for stronger in (signal.SIGINT, signal.SIGKILL):
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.send_signal(stronger)
+        raise
     if status != 0:
         print(f"error: {script} failed with exit status {status}; the steps after it were not run", file=sys.stderr)
         sys.exit(status if status > 0 else 128 - status)

@@ -1,13 +1,16 @@
-"""Train one model, or with -m or an experiment a whole grid of them.
+"""Train one model, or with -m or an experiment a whole grid of them; hydra/launcher=joblib trains several at a time.
 
 python scripts/train.py data=mnist model=lenet loss=dr_softmax loss.weight=0.005 seed=0 study=NAME
 python scripts/train.py experiment=smoke
+python scripts/train.py experiment=laptop hydra/launcher=joblib hydra.launcher.n_jobs=2
 """
 
 import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +27,9 @@ def main(config: DictConfig) -> object:
     from drs.training import train  # torch is not needed to refuse a config
 
     result = train(typed)
-    print(f"{result.state}: run {result.run_id} ({result.detail}) in {result.folder}", flush=True)
+    # In a sweep the line of the last epoch is enough for a training that went well.
+    if result.state != "done" or not typed.progress or HydraConfig.get().mode == RunMode.RUN:
+        print(f"{result.state}: run {result.run_id} ({result.detail}) in {result.folder}", flush=True)
     return result
 
 

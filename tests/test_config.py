@@ -9,9 +9,18 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from drs.attack_config import parse_epsilon
-from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config, run_id, train_config
+from drs.config import (
+    PROJECT_ROOT,
+    TrainConfig,
+    evaluate_config,
+    identity,
+    loss_label,
+    procedure_name,
+    run_id,
+    train_config,
+)
 from drs.errors import UserError
+from drs.suite_config import parse_epsilon
 from drs.sweeper import expand_grid, grid_jobs, register_plugins
 
 CONFIGS = str(PROJECT_ROOT / "configs")
@@ -135,16 +144,39 @@ def test_grid_is_a_union_of_products_and_arguments_win() -> None:
 
 def test_laptop_study_has_the_promised_models() -> None:
     configs = [config for _, config in grid_jobs("laptop")]
-    mnist = [config for config in configs if config.data.name == "mnist"]
+    every = [config for config in configs if config.data.name == "mnist"]
+    mnist = [config for config in every if loss_label(config) in ("ce", "dr_softmax")]
     weights = sorted({config.loss.weight for config in mnist if config.loss.name == "dr_softmax"})
     assert len(mnist) >= 24
     assert len(weights) >= 5
     assert weights[-1] / weights[0] >= 100
     assert len({config.seed for config in mnist}) == 4
-    assert {config.loss.name for config in mnist} == {"ce", "dr_softmax"}
+    comparators = {"label_smoothing", "gce", "cot", "logit_squeezing", "confidence_penalty"}
+    procedures = {"adversarial", "trades", "adversarial+dr_softmax"}
+    assert {loss_label(config) for config in every} == {"ce", "dr_softmax"} | comparators | procedures
+    assert all(config.data.train_samples is None for config in configs if procedure_name(config) == "standard")
     assert len([config for config in configs if config.data.name == "cifar10"]) >= 6
     assert len({run_id(config) for config in configs}) == len(configs)
-    assert all(config.data.train_samples is None for config in configs)
+
+
+def test_standard_training_is_what_a_run_without_a_procedure_means() -> None:
+    """Run folders from before there were procedures keep their names."""
+    plain = train("data=digits", "model=mlp", "loss=ce", "seed=3")
+    assert "procedure" not in identity(plain)
+    assert run_id(plain) == "89254e2581af"
+    hard = train("data=digits", "model=mlp", "loss=ce", "seed=3", "procedure=adversarial", "procedure.epsilon=8/255")
+    assert identity(hard)["procedure"]["epsilon"] == 8 / 255
+    assert run_id(hard) != run_id(plain)
+    labels = {
+        ("ce", "standard"): "ce",
+        ("dr_softmax", "standard"): "dr_softmax",
+        ("ce", "trades"): "trades",
+        ("gce", "adversarial"): "adversarial+gce",
+    }
+    for (loss, procedure), label in labels.items():
+        bound = [] if procedure == "standard" else ["procedure.epsilon=0.1"]
+        config = train("data=digits", "model=mlp", f"loss={loss}", f"procedure={procedure}", *bound)
+        assert loss_label(config) == label
 
 
 @pytest.mark.parametrize("experiment", ["smoke", "mnist", "cifar10"])
@@ -167,6 +199,13 @@ def test_experiments_compose_for_both_entrypoints(experiment: str) -> None:
         ("train.py", ["loss.weight=-1"], ["loss.weight=-1", "at least 0"]),
         ("train.py", ["-m", "seed=0,abc"], ["seed=abc"]),
         ("train.py", ["device=cuda:63", "data=digits", "model=mlp"], ["device=cuda:63", "device=cpu"]),
+        ("train.py", ["procedure=adversarial"], ["procedure.epsilon", "issing"]),
+        ("train.py", ["procedure=trades", "procedure.epsilon=8"], ["procedure.epsilon=8", "8/255"]),
+        ("train.py", ["data=mnist", "data.size=16"], ["data.size=16", "28 for mnist"]),
+        ("evaluate.py", ["workers=0"], ["workers=0", "at least 1"]),
+        ("evaluate.py", ["suite=strong", "suite.sanity.steps=0"], ["suite.sanity.steps=0", "above 0"]),
+        ("evaluate.py", ["suite=strong", "suite.attacks.margin_pgd.objectives=[dlr]"], ["objectives=dlr", "margin"]),
+        ("evaluate.py", ["suite=strong", "suite.decisive_epsilons.mnist.linf=[0.15]"], ["linf=0.15", "0.05, 0.1"]),
         ("evaluate.py", ["study=nothing"], ["study=nothing", "scripts/train.py"]),
         ("evaluate.py", ["suite=strongest"], ["suite/strongest", "paper"]),
         ("evaluate.py", ["suite.epsilons.mnist.linf=[0]"], ["suite.epsilons.mnist.linf=0", "above 0"]),

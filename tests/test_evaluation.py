@@ -18,8 +18,9 @@ from drs.runs import finished_runs, iterate_runs, load_arrays_file, save_arrays
 from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
 
 TABLES = [
-    "accuracy", "claims", "correlations", "failures", "landing", "landing_matrices", "models", "paired_differences",
-    "softmax_profile", "timing", "training",
+    "accuracy", "claims", "correlations", "failures", "granulated", "landing", "landing_matrices", "models",
+    "paired_differences", "partial_correlations", "sample_correlations", "sanity", "softmax_profile", "timing",
+    "training", "worst_case",
 ]  # fmt: skip
 
 

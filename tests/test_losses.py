@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drs.losses import LOSSES, DRSoftmaxLoss, build_loss, complement_entropy, distribution_penalty
+from drs.comparator_losses import complement_entropy
+from drs.losses import LOSSES, DRSoftmaxLoss, build_loss, distribution_penalty
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 3.0], [0.0, 1.0, 2.0, -1.0]])
 LABELS = torch.tensor([3, 1])

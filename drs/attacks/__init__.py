@@ -1,15 +1,52 @@
 """Attacks behind one contract: pixels in [0,1] in, logits out, epsilon in pixel units."""
 
-from drs.attack_config import AttackConfig, CWConfig, CWTorchattacksConfig, FGSMConfig, PGDConfig
+from collections.abc import Sequence
+
+from torch import nn
+
+from drs.attack_config import (
+    APGDConfig,
+    AttackConfig,
+    CWConfig,
+    CWTorchattacksConfig,
+    FGSMConfig,
+    FMNConfig,
+    HopSkipJumpConfig,
+    NoiseConfig,
+    PGDConfig,
+    ProjectedConfig,
+    SquareConfig,
+    TargetedAPGDConfig,
+    TargetedFABConfig,
+    TransferConfig,
+)
 from drs.attacks.carlini_wagner import CarliniWagner, TorchattacksCarliniWagner
 from drs.attacks.contract import Attack, AttackOutcome, perturbation_norm, run_attack
 from drs.attacks.gradient_sign import FGSM, PGD
+from drs.attacks.projected import ProjectedAttack, RandomNoise, Transfer
 
-__all__ = ["Attack", "AttackOutcome", "build_attack", "perturbation_norm", "run_attack"]
+__all__ = ["Attack", "AttackOutcome", "build_attack", "is_bounded", "perturbation_norm", "run_attack"]
 
 
-def build_attack(config: AttackConfig) -> Attack:
-    """Build the attack that a config describes; ``TypeError`` for a config of no known attack."""
+def is_bounded(config: AttackConfig) -> bool:
+    """Return whether an attack takes an epsilon, so that each epsilon is an attack of its own."""
+    return not isinstance(config, CWConfig | CWTorchattacksConfig | FMNConfig | HopSkipJumpConfig)
+
+
+def build_attack(
+    config: AttackConfig, *, adaptive_objectives: Sequence[str] = (), source: nn.Module | None = None
+) -> Attack:
+    """Build the attack that a config describes.
+
+    Args:
+        config: One of the dataclasses of ``drs.attack_config``.
+        adaptive_objectives: What an attacker who knows the model's loss climbs; used where the config names none.
+        source: The model that a transfer attack is made on.
+
+    Raises:
+        TypeError: For a config of no known attack.
+        ValueError: For a transfer attack without a source, or gradient steps without an objective.
+    """
     if isinstance(config, FGSMConfig):
         return FGSM()
     if isinstance(config, PGDConfig):
@@ -21,4 +58,36 @@ def build_attack(config: AttackConfig) -> Attack:
             config.binary_search_steps, config.steps, config.step_size, config.confidence, config.initial_const,
             config.abort_early,
         )  # fmt: skip
+    if isinstance(config, ProjectedConfig):
+        objectives = config.objectives or list(adaptive_objectives)
+        if not objectives:
+            raise ValueError("gradient steps need an objective: name one, or pass those of the model's loss")
+        name = f"PGD on {' and '.join(objectives)}"
+        return ProjectedAttack(name, objectives, config.norm, config.steps, config.restarts, config.relative_step_size)
+    if isinstance(config, TransferConfig):
+        if source is None:
+            raise ValueError("a transfer attack needs the model that it is made on")
+        return Transfer(source, config.norm, config.steps, config.relative_step_size)
+    if isinstance(config, NoiseConfig):
+        return RandomNoise(config.draws)
+    return _library_attack(config)
+
+
+def _library_attack(config: AttackConfig) -> Attack:
+    from drs.attacks import autoattack, decision_based, minimal_norm
+
+    if isinstance(config, APGDConfig):
+        return autoattack.AutoPGD(config.norm, config.steps, config.restarts, config.rho, config.seed)
+    if isinstance(config, TargetedAPGDConfig):
+        return autoattack.TargetedAutoPGD(config.norm, config.steps, config.restarts, config.rho, config.seed)
+    if isinstance(config, TargetedFABConfig):
+        return autoattack.TargetedFAB(config.norm, config.steps, config.restarts, config.seed)
+    if isinstance(config, SquareConfig):
+        return autoattack.SquareAttack(config.norm, config.n_queries, config.restarts, config.seed)
+    if isinstance(config, FMNConfig):
+        return minimal_norm.FastMinimumNorm(config.norm, config.steps)
+    if isinstance(config, HopSkipJumpConfig):
+        return decision_based.HopSkipJump(
+            config.norm, config.steps, config.initial_gradient_eval_steps, config.max_gradient_eval_steps
+        )
     raise TypeError(f"no attack for {type(config).__name__}")

@@ -88,6 +88,35 @@ def check_eval_mode(model: nn.Module) -> None:
             )
 
 
+@torch.no_grad()
+def check_model(model: nn.Module, images: Tensor) -> None:
+    """Raise ``UserError`` for a model that gradient attacks would judge wrongly, on the first 16 images.
+
+    Refused are outputs that are not ``[B, K]`` with K >= 2; probabilities in the place of logits, whose gradients
+    vanish where the model is confident; and a forward pass that gives another answer the second time.
+    """
+    few = images[:16]
+    if not len(few):
+        return
+    outputs = model(few).float()
+    if outputs.dim() != 2 or len(outputs) != len(few) or outputs.shape[1] < 2:
+        raise UserError(
+            f"the model returns {list(outputs.shape)} for {len(few)} images; logits [B, K], K >= 2, are needed"
+        )
+    again = model(few).float()
+    scale = float(outputs.abs().max()) + 1
+    if bool((torch.isfinite(outputs) & ((outputs - again).abs() > 1e-3 * scale)).any()):
+        raise UserError(
+            "the model is stochastic: two forward passes of the same images differ; fix its randomness, or attack the "
+            "expectation over it, which these attacks do not do"
+        )
+    is_distribution = (outputs >= 0).all() & ((outputs.sum(dim=1) - 1).abs() < 1e-4).all()
+    if bool(is_distribution):
+        raise UserError(
+            "the model returns probabilities (no value below 0, each row sums to 1); return logits or log-probabilities"
+        )
+
+
 def check_logits(logits: Tensor, source: str) -> None:
     """Raise ``UserError`` if a logit is not finite: the argmax of NaN is class 0, so a dead model would look robust."""
     bad = ~torch.isfinite(logits).all(dim=1)
@@ -174,6 +203,7 @@ def run_attack(
     """
     check_pixels(images, "the images to attack")
     check_eval_mode(model)
+    check_model(model, images)
     if attack.bounded:
         check_epsilon(epsilon, attack.norm)
     else:

@@ -7,7 +7,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import ListConfig, OmegaConf
 
 from drs.config import run_id, train_config
-from drs.sweeper import expand_grid
+from drs.sweeper import expand_grid, job_error
 
 
 class GridSweeper(BasicSweeper):
@@ -39,7 +39,6 @@ class GridSweeper(BasicSweeper):
         )
         for result in failed:
             print(f"  {result.detail} ({result.folder})")
-        for failure in errors:
-            # Only a failed job's own accessor re-raises its error.
-            _ = failure.return_value
+        if errors:
+            raise job_error(errors[0])
         return results

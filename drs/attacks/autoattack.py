@@ -1,0 +1,119 @@
+"""The four attacks of AutoAttack (Croce and Hein 2020, arXiv 2003.01690), torchattacks' implementations.
+
+torchattacks 3.5.1 runs each with 10 steps by default, a tenth of the original; here every length is explicit. Its
+attacks reseed torch's global generator, which ``drs.attacks.contract.isolated`` restores, and take the number of
+classes as an argument, which is the model's own here. They get contiguous images, because FAB reshapes with ``view``.
+"""
+
+from typing import Any
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+from drs.attacks.gradient_sign import call_torchattacks
+from drs.errors import UserError
+
+_NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+def count_classes(model: nn.Module, images: Tensor) -> int:
+    """Return K, the width of the model's logits."""
+    with torch.no_grad():
+        return int(model(images[:1]).shape[1])
+
+
+def _need(name: str, classes: int, least: int, reason: str) -> None:
+    if classes < least:
+        raise UserError(f"{name} needs at least {least} classes, but the model has {classes}: {reason}")
+
+
+class _LibraryAttack:
+    bounded = True
+    name = ""
+    norm = "linf"
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        """See ``drs.attacks.contract.Attack``."""
+        images = images.contiguous()
+        classes = count_classes(model, images)
+        adversarial = call_torchattacks(self._build(model, epsilon, classes), images, labels).detach()
+        # What the library returns for a sample that it could not fool may lie anywhere it has searched.
+        finite = torch.isfinite(adversarial).flatten(1).all(dim=1).view(-1, 1, 1, 1)
+        return torch.where(finite, adversarial, images)
+
+    def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
+        raise TypeError(f"{type(self).__name__} does not say which attack it is")
+
+
+class AutoPGD(_LibraryAttack):
+    """Auto-PGD on cross-entropy.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        steps: Gradient steps per restart.
+        restarts: Random starts.
+        rho: Share of rising steps below which the step size is halved.
+        seed: Of the random starts.
+    """
+
+    name = "APGD-CE (torchattacks)"
+
+    def __init__(self, norm: str, steps: int, restarts: int, rho: float, seed: int) -> None:
+        self.norm = norm
+        self.options = {"steps": steps, "n_restarts": restarts, "rho": rho, "seed": seed}
+
+    def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
+        return torchattacks.APGD(model, norm=_NORMS[self.norm], eps=epsilon, loss="ce", **self.options)
+
+
+class TargetedAutoPGD(AutoPGD):
+    """Auto-PGD on the targeted difference of logits ratio, each of the K-1 other classes in turn; K is at least 4."""
+
+    name = "APGD-T (torchattacks)"
+
+    def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
+        _need(self.name, classes, 4, "the targeted DLR loss divides by a difference that involves the fourth logit")
+        return torchattacks.APGDT(model, norm=_NORMS[self.norm], eps=epsilon, n_classes=classes, **self.options)
+
+
+class TargetedFAB(_LibraryAttack):
+    """The fast adaptive boundary attack (Croce and Hein 2020, arXiv 1907.02044), each other class in turn.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        steps: Projection steps per target.
+        restarts: Per target.
+        seed: Of the random starts after the first.
+    """
+
+    name = "FAB-T (torchattacks)"
+
+    def __init__(self, norm: str, steps: int, restarts: int, seed: int) -> None:
+        self.norm = norm
+        self.options = {"steps": steps, "n_restarts": restarts, "seed": seed}
+
+    def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
+        return torchattacks.FAB(
+            model, norm=_NORMS[self.norm], eps=epsilon, multi_targeted=True, n_classes=classes, **self.options
+        )
+
+
+class SquareAttack(_LibraryAttack):
+    """Random search that sees scores only (Andriushchenko et al. 2020, arXiv 1912.00049).
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        n_queries: Forward passes per sample.
+        restarts: Of the search.
+        seed: Of the search.
+    """
+
+    name = "Square (torchattacks)"
+
+    def __init__(self, norm: str, n_queries: int, restarts: int, seed: int) -> None:
+        self.norm = norm
+        self.options = {"n_queries": n_queries, "n_restarts": restarts, "seed": seed}
+
+    def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
+        return torchattacks.Square(model, norm=_NORMS[self.norm], eps=epsilon, loss="margin", **self.options)

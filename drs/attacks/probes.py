@@ -1,0 +1,140 @@
+"""The attacks behind the sanity checks of a model: variants of one attack that should agree.
+
+After Carlini et al. 2019 (arXiv 1902.06705, section 5) and Mosbach et al. 2018 (arXiv 1810.12042): an attack that has
+converged does not gain from more steps or restarts, does not depend on which objective it climbs, and does not notice
+that logits are shifted or rescaled.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drs.attack_config import SanityConfig
+from drs.attacks.contract import check_eval_mode, check_pixels, isolated, predict, run_attack
+from drs.attacks.objectives import FAMILIES
+from drs.attacks.projected import ProjectedAttack, climb
+
+LARGE_EPSILON = 0.5
+"""At this Linf radius every image can be turned to grey, so no more than chance may be left."""
+SHIFT = 100.0
+FACTORS = (0.1, 10.0)
+
+
+class Rescaled(nn.Module):
+    """A model whose logits are multiplied by a factor and shifted: the same classifier.
+
+    Args:
+        model: Pixels in, logits out.
+        factor: Above 0.
+        shift: Added to every logit.
+    """
+
+    def __init__(self, model: nn.Module, factor: float, shift: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.factor = factor
+        self.shift = shift
+        self.train(model.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the rescaled logits ``[B, K]``."""
+        logits: Tensor = self.model(images).float() * self.factor + self.shift
+        return logits
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Which of N samples stand after each probe.
+
+    Attributes:
+        standing: Probe name -> ``[N]`` bool, still classified right.
+        gradient_norm: ``[N]`` float64, largest absolute entry of the gradient of cross-entropy at the clean image.
+    """
+
+    standing: dict[str, np.ndarray]
+    gradient_norm: np.ndarray
+
+
+def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig) -> Probes:
+    """Run every probe in Linf.
+
+    The probes: ``clean``; ``epsilon_0`` (margin PGD with a ball of no size); ``ce``, ``margin`` and ``targeted`` PGD
+    with the same steps; ``ce_last`` (the last iterate of ``ce`` instead of the best); ``more_steps`` and
+    ``more_restarts`` (``margin`` with twice of each); ``scaled_<factor>``, ``normalised`` and ``shifted`` (``ce`` on
+    logits multiplied by a factor, multiplied by ``drs.attacks.objectives.logit_scale``, and shifted); ``large`` and
+    ``unbounded`` (``margin`` within 0.5 and 1).
+
+    Args:
+        model: In eval mode; pixels in [0,1] in, logits out.
+        images: ``[N, C, H, W]``.
+        labels: ``[N]``.
+        epsilon: Radius of the probes that do not name their own, pixel units.
+        config: Steps, restarts, batch size and seed.
+
+    Raises:
+        UserError: Where the contract of ``drs.attacks.contract`` is broken.
+    """
+    check_pixels(images, "the images to attack")
+    check_eval_mode(model)
+
+    def stands(
+        objective: str, *, radius: float = epsilon, steps: int = config.steps, restarts: int = 1,
+        target: nn.Module = model,
+    ) -> np.ndarray:  # fmt: skip
+        attack = ProjectedAttack(
+            f"probe on {objective}", [objective], "linf", steps, restarts, config.relative_step_size
+        )
+        outcome = run_attack(
+            attack, target, images, labels, epsilon=radius, batch_size=config.batch_size, seed=config.seed
+        )
+        return (outcome.logits.argmax(dim=1) == labels.cpu()).numpy()
+
+    standing = {}
+    parts = [
+        _batch_probes(model, images[start : start + config.batch_size], labels[start : start + config.batch_size],
+                      epsilon, config)
+        for start in range(0, len(images), config.batch_size)
+    ]  # fmt: skip
+    for name in ("clean", "epsilon_0", "ce", "ce_last"):
+        standing[name] = np.concatenate([part[name] for part in parts])
+    restarts = config.restarts
+    standing["margin"] = stands("margin", restarts=restarts)
+    standing["targeted"] = stands("targeted_margin")
+    standing["more_steps"] = stands("margin", steps=2 * config.steps, restarts=restarts)
+    standing["more_restarts"] = stands("margin", restarts=2 * restarts)
+    for factor in FACTORS:
+        standing[f"scaled_{factor:g}"] = stands("ce", target=Rescaled(model, factor))
+    standing["normalised"] = stands("scaled_ce")
+    standing["shifted"] = stands("ce", target=Rescaled(model, 1.0, SHIFT))
+    standing["large"] = stands("margin", radius=LARGE_EPSILON)
+    standing["unbounded"] = stands("margin", radius=1.0)
+    return Probes(standing, np.concatenate([part["gradient_norm"] for part in parts]))
+
+
+def _batch_probes(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig
+) -> dict[str, np.ndarray]:
+    right = predict(model, images, "clean images").argmax(dim=1) == labels
+    result = {"clean": right, "epsilon_0": right.clone(), "ce": right.clone(), "ce_last": right.clone()}
+    gradient = torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    index = right.nonzero().squeeze(1)
+    if len(index):
+        centre, truth = images[index], labels[index]
+        with isolated(model, config.seed):
+            moved = centre.clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(moved).float(), truth, reduction="sum"), moved)
+            gradient[index] = slope.flatten(1).abs().amax(dim=1).double()
+            attack = ProjectedAttack("epsilon 0", ["margin"], "linf", 2, 1, config.relative_step_size)
+            same = attack.perturb(model, centre, truth, 0.0)
+            (objective,) = FAMILIES["ce"](centre, truth)
+            _, fallen, last_fallen = climb(
+                model, centre, truth, epsilon, objective, norm="linf", steps=config.steps,
+                relative_step_size=config.relative_step_size, start=centre, drop_fallen=False,
+            )  # fmt: skip
+        result["epsilon_0"][index] = predict(model, same, "images moved by 0").argmax(dim=1) == truth
+        result["ce"][index] = ~fallen
+        result["ce_last"][index] = ~last_fallen
+    return {name: value.cpu().numpy() for name, value in result.items()} | {"gradient_norm": gradient.cpu().numpy()}

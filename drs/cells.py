@@ -1,0 +1,183 @@
+"""The cells of an evaluation: one run under one attack at one epsilon, and the file that holds its arrays.
+
+An attack without a bound has one cell. A cell's file name carries a fingerprint of all that decides its content, so a
+changed setting makes a new cell and an unchanged one is kept.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drs.attack_config import AttackConfig, ProjectedConfig, SanityConfig, TransferConfig
+from drs.attacks import is_bounded
+from drs.attacks.contract import SLACK
+from drs.config import TrainConfig, fingerprint, identity
+from drs.losses import LOSSES
+from drs.runs import RunFolder
+from drs.suite_config import (
+    UNBOUNDED,
+    Epsilon,
+    SuiteConfig,
+    decisive_epsilons,
+    decisive_samples,
+    suite_epsilons,
+    suite_samples,
+)
+
+CLEAN = "clean"
+SANITY = "sanity"
+LOGIT_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation of one run.
+
+    Attributes:
+        attack: The name that tables show; ``clean`` for no attack, ``sanity`` for the checks.
+        config: None for ``clean``.
+        epsilon: Infinite for an attack without a bound.
+        n: Test samples, the first n of the fixed order; None for all.
+        path: Where its arrays are.
+        objectives: What an adaptive attack climbs on this run.
+        source: The run that a transfer attack is made on.
+        after: The cells before it whose fallen samples it leaves alone.
+    """
+
+    run: RunFolder
+    train: TrainConfig
+    attack: str
+    config: AttackConfig | SanityConfig | None
+    epsilon: Epsilon
+    n: int | None
+    batch_size: int
+    path: Path
+    objectives: tuple[str, ...] = ()
+    source: RunFolder | None = None
+    after: "tuple[Cell, ...]" = ()
+
+    @property
+    def title(self) -> str:
+        """The cell's attack and bound, for progress output."""
+        bounded = self.config is not None and math.isfinite(self.epsilon.value)
+        return f"{self.attack}@{self.epsilon.label}" if bounded else self.attack
+
+    @property
+    def is_attack(self) -> bool:
+        """Whether this is an attack, rather than the clean images or the sanity checks."""
+        return isinstance(self.config, AttackConfig)
+
+
+def standing_at(arrays: dict[str, np.ndarray], epsilon: float) -> np.ndarray:
+    """Return which samples ``[n]`` a cell's attack leaves standing at ``epsilon`` (pixel units; infinite for any).
+
+    A sample stands if it is classified right, or if the perturbation that fools the model is larger than epsilon.
+    """
+    right = arrays["logits"].argmax(1) == arrays["labels"]
+    standing: np.ndarray = right | (arrays["distance"] > epsilon + SLACK)
+    return standing
+
+
+def plan_cells(run: RunFolder, suite: SuiteConfig, runs: Sequence[RunFolder] = ()) -> list[Cell]:
+    """Return the cells of one run: clean, then each attack at each of its epsilons, then the sanity checks.
+
+    Args:
+        run: A finished run.
+        suite: The attacks.
+        runs: All finished runs of the study, among which a transfer attack looks for its source. A run without a
+            source has no such cell.
+
+    Raises:
+        UserError: If the suite has no epsilons for the run's data.
+    """
+    train = run.config()
+    data = train.data.name
+    # A network is a function of its weights alone here, so the run's id stands for it.
+    cells = [_cell(run, train, CLEAN, None, UNBOUNDED, suite.n_clean, LOGIT_BATCH)]
+    for name, attack in suite.attacks.items():
+        source = None
+        if isinstance(attack, TransferConfig):
+            source = find_twin(run, train, runs)
+            if source is None:
+                continue
+        wanted = decisive_samples(suite, data) if attack.decisive else suite_samples(suite, data)
+        n = min(wanted, attack.n_samples or wanted)
+        bounds = (decisive_epsilons if attack.decisive else suite_epsilons)(suite, data, attack.norm)
+        for epsilon in bounds if is_bounded(attack) else [UNBOUNDED]:
+            after = tuple(cell for cell in cells if _precedes(cell, attack, epsilon)) if attack.standing_only else ()
+            cells.append(_cell(run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after))
+    if suite.sanity is not None:
+        epsilon = decisive_epsilons(suite, data, "linf")[0]
+        n = min(suite.sanity.n_samples, suite_samples(suite, data))
+        cells.append(_cell(run, train, SANITY, suite.sanity, epsilon, n, suite.sanity.batch_size))
+    return cells
+
+
+def _precedes(cell: Cell, attack: AttackConfig, epsilon: Epsilon) -> bool:
+    return (
+        isinstance(cell.config, AttackConfig)
+        and cell.config.norm == attack.norm
+        and cell.epsilon in (epsilon, UNBOUNDED)
+    )
+
+
+def find_twin(run: RunFolder, train: TrainConfig, runs: Sequence[RunFolder]) -> RunFolder | None:
+    """Return the cross-entropy run with the same data, architecture and seed; for such a run, one of another seed."""
+    known = [(other, other.config()) for other in runs if other.run_id != run.run_id]
+    twins = {
+        config.seed: other
+        for other, config in known
+        if config.loss.name == "ce"
+        and "procedure" not in identity(config)
+        and (config.data.name, config.model) == (train.data.name, train.model)
+    }
+    is_baseline = train.loss.name == "ce" and "procedure" not in identity(train)
+    if not is_baseline:
+        return twins.get(train.seed)
+    # A cross-entropy run has no twin of its own seed; the next seed in turn stands in.
+    later = sorted(twins, key=lambda seed: (seed <= train.seed, seed))
+    return twins[later[0]] if later else None
+
+
+def _cell(
+    run: RunFolder,
+    train: TrainConfig,
+    name: str,
+    config: AttackConfig | SanityConfig | None,
+    epsilon: Epsilon,
+    n: int | None,
+    batch_size: int,
+    *,
+    source: RunFolder | None = None,
+    after: tuple[Cell, ...] = (),
+) -> Cell:
+    content: dict[str, Any] = {"data": identity(train)["data"]["name"], "n": n}
+    objectives: tuple[str, ...] = ()
+    if config is not None:
+        # Where and on what an attack runs is in n, epsilon and after; the rest is what it does.
+        selection = ("n_samples", "decisive", "standing_only")
+        settings = {key: value for key, value in asdict(config).items() if key not in selection}
+        if isinstance(config, ProjectedConfig):
+            objectives = tuple(config.objectives) or LOSSES[train.loss.name].adaptive_objectives
+            settings["objectives"] = list(objectives)
+        content |= {"attack": settings, "epsilon": str(epsilon.value), "batch_size": batch_size}
+    if source is not None:
+        content["source"] = source.run_id
+    if after:
+        content["after"] = [cell.path.name for cell in after]
+    label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
+    path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
+    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after)
+
+
+def by_run(cells: list[Cell]) -> Iterator[tuple[RunFolder, list[Cell]]]:
+    """Group the cells of a study by run, in order."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.run.run_id, []).append(cell)
+    for planned in groups.values():
+        yield planned[0].run, planned

@@ -1,0 +1,147 @@
+"""How a batch becomes a loss: standard training, PGD adversarial training, TRADES; each with any loss.
+
+The inner attack runs in eval mode, so that it leaves the statistics of batch normalisation alone, at the precision of
+the training, and draws from a generator of its own, so that order, augmentation and noise are those of standard
+training with the same seed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drs.schema import AdversarialConfig, StandardConfig, TradesConfig
+
+Forward = Callable[[Tensor], Tensor]
+TRADES_START = 1e-3
+"""Standard deviation of the Gaussian start of TRADES in pixel units, as in the authors' code."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode and give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def ascend(
+    objective: Callable[[Tensor], Tensor],
+    images: Tensor,
+    start: Tensor,
+    epsilon: float,
+    steps: int,
+    relative_step_size: float,
+) -> Tensor:
+    """Return the last of ``steps`` signed gradient steps on ``objective`` in the Linf ball around ``images``.
+
+    Args:
+        objective: Adversarial images ``[B, C, H, W]`` -> scalar, to be raised.
+        images: Pixels in [0,1].
+        start: Where to begin, inside the ball.
+        epsilon: Radius in pixel units.
+        steps: Gradient steps.
+        relative_step_size: Step as a share of epsilon.
+    """
+    low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+    moved = start
+    for _ in range(steps):
+        moved = moved.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(objective(moved), moved)
+        moved = (moved.detach() + relative_step_size * epsilon * gradient.sign()).clamp(low, high)
+    return moved.detach()
+
+
+class Procedure:
+    """Standard training: the loss of the batch as it is."""
+
+    def images(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the images ``[B, C, H, W]`` that the loss is taken on."""
+        return images
+
+    def regulariser(self, forward: Forward, logits: Tensor) -> Tensor | None:
+        """Return what is added to the loss of ``logits`` ``[B, K]``, if anything."""
+        return None
+
+
+class AdversarialTraining(Procedure):
+    """The loss on adversarial images only, Madry et al. 2018 (arXiv 1706.06083, eq. 2.1).
+
+    The inner attack raises cross-entropy whatever the loss, so that with another loss only what is minimised differs.
+
+    Args:
+        config: Radius, steps and start.
+        generator: Of the random starts, on the device of the images.
+    """
+
+    def __init__(self, config: AdversarialConfig, generator: torch.Generator) -> None:
+        self.config = config
+        self.generator = generator
+
+    def images(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """See ``Procedure``."""
+        config, start = self.config, images
+        if config.random_start:
+            noise = torch.rand(images.shape, generator=self.generator, device=images.device)
+            start = (images + (2 * noise - 1) * config.epsilon).clamp(0, 1)
+        with evaluating(model):
+            return ascend(
+                lambda moved: F.cross_entropy(model(moved).float(), labels, reduction="sum"),
+                images, start, config.epsilon, config.steps, config.relative_step_size,
+            )  # fmt: skip
+
+
+class Trades(Procedure):
+    """TRADES, Zhang et al. 2019 (arXiv 1901.08573, eq. 3 and algorithm 1).
+
+    The loss on clean images plus ``beta`` times the mean divergence of the adversarial from the clean prediction,
+    ``KL(p(x) || p(x'))``.
+
+    Args:
+        config: Radius, steps and beta.
+        generator: Of the starts, on the device of the images.
+    """
+
+    def __init__(self, config: TradesConfig, generator: torch.Generator) -> None:
+        self.config = config
+        self.generator = generator
+        self.adversarial: Tensor | None = None
+
+    def images(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """See ``Procedure``; the adversarial images are kept for ``regulariser``."""
+        config = self.config
+        noise = torch.randn(images.shape, generator=self.generator, device=images.device)
+        start = (images + TRADES_START * noise).clamp(images - config.epsilon, images + config.epsilon).clamp(0, 1)
+        with evaluating(model):
+            with torch.no_grad():
+                clean = F.softmax(model(images).float(), dim=1)
+            self.adversarial = ascend(
+                lambda moved: F.kl_div(F.log_softmax(model(moved).float(), dim=1), clean, reduction="sum"),
+                images, start, config.epsilon, config.steps, config.relative_step_size,
+            )  # fmt: skip
+        return images
+
+    def regulariser(self, forward: Forward, logits: Tensor) -> Tensor | None:
+        """See ``Procedure``."""
+        assert self.adversarial is not None
+        adversarial = F.log_softmax(forward(self.adversarial).float(), dim=1)
+        clean = F.softmax(logits.float(), dim=1)
+        return self.config.beta * F.kl_div(adversarial, clean, reduction="batchmean")
+
+
+def build_procedure(
+    config: StandardConfig | AdversarialConfig | TradesConfig, seed: int, device: torch.device
+) -> Procedure:
+    """Build the procedure that a config describes, its generator seeded with the run's seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if isinstance(config, AdversarialConfig):
+        return AdversarialTraining(config, generator)
+    if isinstance(config, TradesConfig):
+        return Trades(config, generator)
+    return Procedure()

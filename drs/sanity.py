@@ -1,0 +1,177 @@
+"""Sanity checks of a model's evaluation: a figure, a threshold, and whether it passes.
+
+After Carlini et al. 2019 (arXiv 1902.06705), Croce and Hein 2020 (arXiv 2003.01690), Pintor et al. 2022 (arXiv
+2106.09947) and Mosbach et al. 2018 (arXiv 1810.12042). A failed check does not say that a model is fragile; it says
+that some number about it cannot be trusted. Thresholds were fixed before a study was run. A share over few samples
+moves in steps of one sample, so one sample never fails a check.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drs.attack_config import AttackConfig
+from drs.attacks.probes import FACTORS, LARGE_EPSILON
+from drs.cells import SANITY, Cell, standing_at
+
+Arrays = dict[Path, dict[str, np.ndarray]]
+GRADIENT_ATTACKS = ("fgsm", "pgd", "margin_pgd", "targeted_pgd", "adaptive", "apgd_ce", "apgd_t", "fab_t", "fmn_linf")
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check: what its figure must not exceed, and what it means in words."""
+
+    threshold: float
+    meaning: str
+
+
+CHECKS = {
+    "eps0_equals_clean": Check(0.0, "share of predictions that an attack with epsilon 0 changes"),
+    "pgd_beats_fgsm": Check(0.01, "share of samples that FGSM fools and PGD does not"),
+    "falls_with_epsilon": Check(0.005, "largest rise of PGD's robust accuracy from one epsilon to the next, or what is "
+                                       "left above chance at a large epsilon"),
+    "unbounded_succeeds": Check(0.01, "robust accuracy where every pixel may take any value"),
+    "more_steps": Check(0.005, "change of robust accuracy when margin PGD takes twice the steps"),
+    "more_restarts": Check(0.005, "change of robust accuracy when margin PGD restarts twice as often"),
+    "objective_gap": Check(0.02, "how much lower PGD gets on the margin, or on the margin to each target, than on "
+                                  "cross-entropy"),
+    "logit_shift_and_scale": Check(0.02, "how much lower PGD on cross-entropy gets when logits are shifted or "
+                                          "rescaled"),
+    "zero_gradient": Check(0.01, "share of correct samples whose gradient of cross-entropy is exactly 0"),
+    "square_not_stronger": Check(0.005, "share of samples that Square fools after every gradient attack has failed"),
+    "transfer_not_stronger": Check(0.005, "share of samples that a transfer fools and no gradient attack does"),
+    "noise_weaker": Check(0.005, "share of samples that random noise fools and PGD does not"),
+    "best_iterate": Check(0.005, "share of samples whose last PGD iterate is right though an earlier one was wrong"),
+}  # fmt: skip
+
+
+def sanity_rows(planned: list[Cell], arrays: Arrays) -> list[dict[str, Any]]:
+    """Judge one model; a row per check.
+
+    Args:
+        planned: The model's cells, as ``drs.cells.plan_cells`` lists them.
+        arrays: What they hold.
+
+    Returns:
+        Rows of ``check, figure, threshold, passed, n, epsilon_label, detail``; none where the suite has no checks. A
+        check whose cells are not there has ``passed`` "not run".
+    """
+    cell = next((cell for cell in planned if cell.attack == SANITY), None)
+    if cell is None:
+        return []
+    found = arrays[cell.path]
+    names = json.loads(str(found["about"]))["probes"]
+    probes = {name: found["standing"][row] for name, row in zip(names, range(len(names)), strict=True)}
+    figures = _probe_figures(probes, found["gradient_norm"]) | _cell_figures(cell, planned, arrays)
+    figures["falls_with_epsilon"] = _fall(planned, arrays, probes)
+    rows = []
+    for name, check in CHECKS.items():
+        figure, n, detail = figures.get(name, (math.nan, 0, "its attack was not run"))
+        allowed = max(check.threshold, 1 / n if n and check.threshold else 0.0)
+        passed = NOT_RUN if math.isnan(figure) else PASS if figure <= allowed + 1e-9 else FAIL
+        rows.append({
+            "check": name, "figure": figure, "threshold": check.threshold, "passed": passed, "n": n,
+            "epsilon_label": cell.epsilon.label, "detail": detail,
+        })  # fmt: skip
+    return rows
+
+
+def failed_checks(rows: list[dict[str, Any]]) -> str:
+    """Return the names of the failed checks, joined by semicolons."""
+    return ";".join(row["check"] for row in rows if row["passed"] == FAIL)
+
+
+Figure = tuple[float, int, str]
+
+
+def _probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> dict[str, Figure]:
+    n = len(probes["clean"])
+    accuracy = {name: float(standing.mean()) for name, standing in probes.items()}
+
+    def listed(names: tuple[str, ...]) -> str:
+        return ", ".join(f"{name} {100 * accuracy[name]:.1f} %" for name in names)
+
+    # Only falls count: another objective, or other logits of the same classifier, must not reveal a better attack.
+    objectives = ("ce", "margin", "targeted")
+    variants = ("ce", *(f"scaled_{factor:g}" for factor in FACTORS), "normalised", "shifted")
+    gap = accuracy["ce"] - min(accuracy[name] for name in objectives)
+    fall = accuracy["ce"] - min(accuracy[name] for name in variants)
+    right = probes["clean"]
+    changed = float((probes["epsilon_0"] != probes["clean"]).mean())
+    zero = float((gradient_norm[right] == 0).mean()) if right.any() else 0.0
+    regained = float((~probes["ce"] & probes["ce_last"]).mean())
+    return {
+        "eps0_equals_clean": (changed, n, listed(("clean", "epsilon_0"))),
+        "unbounded_succeeds": (accuracy["unbounded"], n, listed(("unbounded",))),
+        "more_steps": (abs(accuracy["margin"] - accuracy["more_steps"]), n, listed(("margin", "more_steps"))),
+        "more_restarts": (abs(accuracy["margin"] - accuracy["more_restarts"]), n, listed(("margin", "more_restarts"))),
+        "objective_gap": (gap, n, listed(objectives)),
+        "logit_shift_and_scale": (fall, n, listed(variants)),
+        "zero_gradient": (zero, int(right.sum()), "over samples that are right without an attack"),
+        "best_iterate": (regained, n, listed(("ce", "ce_last"))),
+    }  # fmt: skip
+
+
+def _cell_figures(sanity: Cell, planned: list[Cell], arrays: Arrays) -> dict[str, Figure]:
+    """Compare attacks of the suite at the checks' epsilon, sample by sample over those that both attacked."""
+    epsilon = sanity.epsilon
+    found: dict[str, np.ndarray] = {}
+    for cell in planned:
+        here = cell.epsilon == epsilon or math.isinf(cell.epsilon.value)
+        if here and isinstance(cell.config, AttackConfig) and cell.config.norm == "linf":
+            found[cell.attack] = standing_at(arrays[cell.path], epsilon.value)
+    by_gradient = [found[name] for name in GRADIENT_ATTACKS if name in found]
+
+    def only(attack: str, others: list[np.ndarray], of: str) -> Figure | None:
+        """Share of the samples that fall to an attack and to none of the others."""
+        if attack not in found or not others:
+            return None
+        n = len(found[attack])
+        kept = np.logical_and.reduce([_padded(other, n) for other in others])
+        fooled = int((~found[attack] & kept).sum())
+        return fooled / n, n, f"{fooled} of {n} samples fall to {attack} and not to {of}"
+
+    pgd = [found["pgd"]] if "pgd" in found else []
+    figures = {
+        "pgd_beats_fgsm": only("fgsm", pgd, "pgd"),
+        "square_not_stronger": _new_falls("square", planned, arrays, epsilon.value),
+        "transfer_not_stronger": only("transfer", by_gradient, "any gradient attack"),
+        "noise_weaker": only("noise", pgd, "pgd"),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _padded(standing: np.ndarray, n: int) -> np.ndarray:
+    """Return the first n samples; those that an attack on a subset never saw count as standing."""
+    return np.concatenate([standing[:n], np.ones(max(0, n - len(standing)), dtype=bool)])
+
+
+def _new_falls(attack: str, planned: list[Cell], arrays: Arrays, epsilon: float) -> Figure | None:
+    """Share of the samples that fall to an attack which ran on what all before it had left standing."""
+    cells = [cell for cell in planned if cell.attack == attack and cell.epsilon.value == epsilon and cell.after]
+    if not cells:
+        return None
+    found = arrays[cells[0].path]
+    n, tried = len(found["labels"]), int(found["attacked"].sum())
+    fooled = int((found["attacked"] & ~standing_at(found, epsilon)).sum())
+    wrong = int((found["attacked"] & (found["distance"] == 0) & ~standing_at(found, epsilon)).sum())
+    return (fooled - wrong) / n, n, f"{fooled - wrong} of the {tried - wrong} samples that had stood until then fall"
+
+
+def _fall(planned: list[Cell], arrays: Arrays, probes: dict[str, np.ndarray]) -> Figure:
+    cells = [cell for cell in planned if cell.attack == "pgd"]
+    accuracies = [float(standing_at(arrays[cell.path], cell.epsilon.value).mean()) for cell in cells]
+    rises = [after - before for before, after in zip(accuracies, accuracies[1:], strict=False)]
+    classes = arrays[planned[0].path]["logits"].shape[1]
+    left = float(probes["large"].mean())
+    figure = max([*rises, left - 1 / classes, 0.0])
+    listed = ", ".join(f"{100 * value:.1f} %" for value in accuracies)
+    detail = f"PGD over the epsilons {listed}; {100 * left:.1f} % at {LARGE_EPSILON:g}"
+    n = min([len(probes["large"]), *(len(arrays[cell.path]["labels"]) for cell in cells)])
+    return figure, n, detail

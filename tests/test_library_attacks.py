@@ -1,0 +1,193 @@
+"""Every library attack against a second implementation, or against the exact distances of a linear classifier."""
+
+import random
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+from test_attacks import linear_problem, minimal_norms, standing
+from torch import nn
+
+from drs.attack_config import (
+    APGDConfig,
+    AttackConfig,
+    CWConfig,
+    FMNConfig,
+    HopSkipJumpConfig,
+    ProjectedConfig,
+    SquareConfig,
+    TargetedAPGDConfig,
+    TargetedFABConfig,
+)
+from drs.attacks import build_attack, run_attack
+from drs.data import LabelledImages
+
+Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
+LIBRARY = {
+    "apgd_ce": APGDConfig("apgd_ce", "linf", steps=20),
+    "apgd_t": TargetedAPGDConfig("apgd_t", "linf", steps=20),
+    "fab_t": TargetedFABConfig("fab_t", "linf", steps=20),
+    "square": SquareConfig("square", "linf", n_queries=300),
+    "fmn_linf": FMNConfig("fmn", "linf", steps=60),
+    "fmn_l2": FMNConfig("fmn", "l2", steps=60),
+    "hop_skip_jump": HopSkipJumpConfig("hop_skip_jump", "linf", steps=4),
+}
+EPSILON = 0.1
+
+
+def robust_accuracy(config: AttackConfig, model: nn.Module, digits: Digits, n: int, epsilon: float = EPSILON) -> float:
+    images, labels = digits[2].pixels()[:n], digits[2].labels[:n]
+    outcome = run_attack(build_attack(config), model, images, labels, epsilon=epsilon)
+    right = outcome.logits.argmax(1) == labels
+    return float((right | (outcome.distance > epsilon + 1e-6)).float().mean())
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.1])
+def test_four_gradient_attacks_of_three_sources_agree_within_a_point(
+    digits_model: nn.Module, digits: Digits, epsilon: float
+) -> None:
+    """APGD and targeted APGD (torchattacks), PGD with restarts (foolbox) and ours solve the same problem."""
+    n = 400
+    images, labels = digits[2].pixels()[:n], digits[2].labels[:n]
+    second = foolbox.attacks.LinfProjectedGradientDescentAttack(rel_stepsize=0.05, steps=100, random_start=True)
+    fallen = torch.zeros(n, dtype=torch.bool)
+    torch.manual_seed(0)
+    for _ in range(3):
+        fallen |= second(foolbox.PyTorchModel(digits_model, bounds=(0, 1)), images, labels, epsilons=epsilon)[2]
+    theirs = 1 - float(fallen.float().mean())
+    assert 0.05 < theirs < 0.95, "an epsilon at which everything stands or falls compares nothing"
+    for config in (
+        APGDConfig("apgd_ce", "linf", steps=100),
+        TargetedAPGDConfig("apgd_t", "linf", steps=50),
+        TargetedFABConfig("fab_t", "linf", steps=50),
+        ProjectedConfig("projected", "linf", objectives=["targeted_margin"], steps=50),
+    ):
+        assert abs(robust_accuracy(config, digits_model, digits, n, epsilon) - theirs) <= 0.01 + 1e-9, config.kind
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_minimal_norms_are_those_of_a_linear_classifier(norm: str) -> None:
+    model, images, labels = linear_problem(classes=4)
+    distances = minimal_norms(model, images, labels, norm)
+    outcome = run_attack(build_attack(FMNConfig("fmn", norm, steps=500)), model, images, labels)
+    assert (outcome.logits.argmax(1) != labels).all()
+    ratio = outcome.distance / distances
+    assert ratio.min() > 0.999
+    assert ratio.median() < 1.05
+
+
+def test_fab_flips_a_linear_classifier_just_where_the_distance_says() -> None:
+    model, images, labels = linear_problem(classes=4)
+    distances = minimal_norms(model, images, labels, "linf")
+    attack = build_attack(TargetedFABConfig("fab_t", "linf"))
+    for epsilon in distances.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist():
+        undecided = (distances - epsilon).abs() < 1e-2 * epsilon
+        found = standing(attack, model, images, labels, epsilon)
+        assert torch.equal(found[~undecided], (distances > epsilon)[~undecided])
+
+
+def test_fmn_and_cw_find_similar_l2_norms_on_a_trained_model(digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels()[:100], digits[2].labels[:100]
+    norms = [
+        run_attack(build_attack(config), digits_model, images, labels).distance.median()
+        for config in (FMNConfig("fmn", "l2", steps=300), CWConfig("cw", "l2", binary_search_steps=9, steps=200))
+    ]
+    assert 0.95 < float(norms[0] / norms[1]) < 1.15
+
+
+def test_search_without_gradients_is_never_stronger_than_with(digits_model: nn.Module, digits: Digits) -> None:
+    white = robust_accuracy(
+        ProjectedConfig("projected", "linf", objectives=["targeted_margin"]), digits_model, digits, 200
+    )
+    square = robust_accuracy(SquareConfig("square", "linf", n_queries=1000), digits_model, digits, 200)
+    labels_only = robust_accuracy(HopSkipJumpConfig("hop_skip_jump", "linf", steps=15), digits_model, digits, 30)
+    white_on_30 = robust_accuracy(
+        ProjectedConfig("projected", "linf", objectives=["targeted_margin"]), digits_model, digits, 30
+    )
+    assert white - 0.01 <= square < white + 0.2
+    assert white_on_30 - 0.01 <= labels_only < 0.95
+
+
+def test_hop_skip_jump_asks_for_nothing_but_the_class(digits_model: nn.Module, digits: Digits) -> None:
+    """A model that only ever returns one-hot rows scaled at random gives it all that it needs."""
+
+    class Label(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = digits_model
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return 2.0 * nn.functional.one_hot(self.model(images).argmax(1), 10).float()
+
+    images, labels = digits[2].pixels()[:10], digits[2].labels[:10]
+    attack = build_attack(LIBRARY["hop_skip_jump"])
+    plain = run_attack(attack, digits_model, images, labels).distance
+    assert torch.equal(run_attack(attack, Label().eval(), images, labels).distance, plain)
+
+
+@pytest.mark.parametrize("name", list(LIBRARY))
+def test_attack_repeats_and_disturbs_nothing(name: str, digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels()[:8], digits[2].labels[:8]
+    attack = build_attack(LIBRARY[name])
+    states = []
+    outcomes = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[union-attr]
+        outcomes.append(run_attack(attack, digits_model, images, labels, epsilon=EPSILON))
+        after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+        states.append(
+            torch.equal(before[0], after[0]) and np.array_equal(before[1], after[1]) and before[2] == after[2]
+        )
+    assert all(states), "a generator was disturbed"
+    assert torch.equal(outcomes[0].logits, outcomes[1].logits), "the result depends on a global generator"
+    assert not any(module.training for module in digits_model.modules())
+    assert all(parameter.requires_grad for parameter in digits_model.parameters())
+
+
+@pytest.mark.parametrize("name", list(LIBRARY))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_attack_takes_channels_last_colour_and_single_images(name: str, channels: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 5))
+    model = model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    images = torch.rand(3, channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    labels = model(images).argmax(1)
+    attack = build_attack(LIBRARY[name])
+    for count in (1, 3):
+        outcome = run_attack(attack, model, images[:count], labels[:count], epsilon=0.2)
+        assert outcome.logits.shape == (count, 5)
+
+
+def test_hop_skip_jump_counts_a_sample_without_a_start_as_standing() -> None:
+    class Constant(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.0, -1.0]]).repeat(len(images), 1)
+
+    images, labels = torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)
+    outcome = run_attack(build_attack(LIBRARY["hop_skip_jump"]), Constant().eval(), images, labels)
+    assert (outcome.logits.argmax(1) == labels).all()
+    assert (outcome.distance == 0).all()
+
+
+def test_foolbox_still_needs_our_projection_in_l2() -> None:
+    """When this fails, the library has been mended and ``ProjectingL2FMN`` can go."""
+    model, images, labels = linear_problem(classes=2)
+    distances = minimal_norms(model, images, labels, "l2")
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    found = foolbox.attacks.L2FMNAttack(steps=300)(wrapped, images, labels, epsilons=None)[1]
+    norms = torch.linalg.vector_norm((found - images).flatten(1).double(), dim=1)
+    assert (norms / distances).median() > 5
+
+
+def test_minimum_norm_search_starts_again_from_another_image_where_it_found_nothing() -> None:
+    """On a linear model the first search often stops just inside the boundary."""
+    model, images, labels = linear_problem(classes=2)
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    plain = foolbox.attacks.LInfFMNAttack(steps=300)(wrapped, images, labels, epsilons=None)[2]
+    assert not plain.all(), "the search has nothing to repeat here"
+    outcome = run_attack(build_attack(FMNConfig("fmn", "linf", steps=300)), model, images, labels)
+    assert (outcome.logits.argmax(1) != labels).all()

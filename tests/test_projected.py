@@ -1,0 +1,199 @@
+"""The own gradient attacks against a linear classifier, whose minimal perturbations are known, and a planted mask."""
+
+import math
+
+import pytest
+import torch
+from test_attacks import linear_problem, minimal_norms, standing
+from torch import Tensor, nn
+
+from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, TransferConfig
+from drs.attacks import build_attack, run_attack
+from drs.attacks.objectives import FAMILIES, logit_scale, margin
+from drs.attacks.projected import climb, project, random_start
+from drs.data import LabelledImages
+from drs.losses import LOSSES, build_loss
+
+Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("objective", list(FAMILIES))
+@pytest.mark.parametrize("classes", [2, 5])
+def test_every_objective_flips_a_linear_classifier_just_where_the_distance_says(
+    norm: str, objective: str, classes: int
+) -> None:
+    """With more than two classes only a search over targets is sure to find the nearest boundary."""
+    model, images, labels = linear_problem(classes=classes)
+    distances = minimal_norms(model, images, labels, norm)
+    attack = build_attack(ProjectedConfig("projected", norm, objectives=[objective], steps=40, restarts=1))
+    for epsilon in distances.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist():
+        expected = distances > epsilon
+        undecided = (distances - epsilon).abs() < 1e-2 * epsilon
+        found = standing(attack, model, images, labels, epsilon)
+        assert found[expected & ~undecided].all(), "nothing falls inside its distance to the boundary"
+        if classes == 2 or objective == "targeted_margin":
+            assert torch.equal(found[~undecided], expected[~undecided])
+        else:
+            assert (found & ~expected).float().mean() < 0.2
+
+
+def test_projection_keeps_the_ball_and_the_pixel_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 4, 4, generator=generator)
+    moved = images + torch.randn(20, 1, 4, 4, generator=generator)
+    linf = project(images, moved, 0.1, "linf")
+    l2 = project(images, moved, 0.3, "l2")
+    assert (linf - images).abs().max() <= 0.1 + 1e-6
+    assert torch.linalg.vector_norm((l2 - images).flatten(1), dim=1).max() <= 0.3 + 1e-6
+    assert min(linf.min(), l2.min()) >= 0 and max(linf.max(), l2.max()) <= 1
+    inside = images.clamp(0.3, 0.7)
+    assert torch.equal(project(inside, inside + 0.01, 1.0, "l2"), inside + 0.01)
+    start = random_start(images, 0.2, "l2")
+    assert 0 < torch.linalg.vector_norm((start - images).flatten(1), dim=1).max() <= 0.2 + 1e-6
+
+
+def test_margin_masks_the_label_by_infinity_so_that_negative_logits_count() -> None:
+    logits = torch.tensor([[-1.0, -5.0, -3.0], [-1.0, -5.0, -3.0]])
+    assert margin(logits, torch.tensor([0, 1])).tolist() == [-2.0, 4.0]
+
+
+def test_logit_scale_is_the_inverse_spread_of_the_other_logits_and_never_saturates() -> None:
+    logits = torch.tensor([[5.0, 1.0, 3.0], [1e4, -1e4, 1e4 - 1]])
+    scale = logit_scale(logits, torch.tensor([0, 0]))
+    assert scale[0].item() == pytest.approx(1.0)
+    assert (scale[1] * 1.0).item() == pytest.approx(1 / torch.tensor([-1e4, 1e4 - 1]).std(unbiased=False).item())
+    equal = logit_scale(torch.tensor([[1000.0, 0.0, 0.0]]), torch.tensor([0]))
+    assert equal.item() == pytest.approx(20 / 1000)
+
+
+class Band(nn.Module):
+    """Misclassifies images whose mean lies in a narrow band, so that a wide step jumps out of it again."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.flatten(1).mean(1)
+        inside = 0.02 - (mean - 0.55).abs()
+        return torch.stack([torch.zeros_like(mean), 10 * inside], dim=1)
+
+
+def test_the_best_iterate_is_kept_and_the_last_one_is_told() -> None:
+    images, labels = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    (objective,) = FAMILIES["margin"](images, labels)
+    best, fallen, last = climb(
+        Band(), images, labels, 0.5, objective, norm="linf", steps=1, relative_step_size=0.1, start=images,
+        drop_fallen=False,
+    )  # fmt: skip
+    assert fallen.all() and last.all()
+    assert (Band()(best).argmax(1) == 1).all()
+    start = torch.full((3, 1, 4, 4), 0.551)
+    _, fallen, last = climb(
+        Band(), images, labels, 0.5, lambda *given: -objective(*given), norm="linf", steps=2, relative_step_size=0.5,
+        start=start, drop_fallen=False,
+    )  # fmt: skip
+    assert fallen.all() and not last.any()
+
+
+def test_a_sample_that_has_fallen_is_not_moved_further() -> None:
+    model, images, labels = linear_problem(classes=3)
+    (objective,) = FAMILIES["margin"](images, labels)
+    best, fallen, _ = climb(
+        model, images, labels, 0.5, objective, norm="linf", steps=20, relative_step_size=0.05, start=images
+    )
+    kept, _, _ = climb(
+        model, images, labels, 0.5, objective, norm="linf", steps=20, relative_step_size=0.05, start=images,
+        drop_fallen=False,
+    )  # fmt: skip
+    assert fallen.all()
+    assert (best - images).abs().amax() < (kept - images).abs().amax()
+
+
+def test_margin_attack_breaks_a_model_whose_huge_logits_hide_the_gradient_of_cross_entropy(
+    digits_model: nn.Module, digits: Digits
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.model(images) * 1e4
+            return logits
+
+    model = Scaled(digits_model).eval()
+    images, labels = digits[2].pixels()[:100], digits[2].labels[:100]
+    weak = standing(build_attack(PGDConfig("pgd", "linf")), model, images, labels, 0.3).float().mean()
+    assert weak > 0.5, "the mask is not there"
+    for objective in ("margin", "targeted_margin", "scaled_ce"):
+        attack = build_attack(ProjectedConfig("projected", "linf", objectives=[objective]))
+        assert standing(attack, model, images, labels, 0.3).float().mean() < 0.05, objective
+
+
+def test_transfer_crafts_on_the_source_and_is_judged_on_the_target(digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels()[:100], digits[2].labels[:100]
+    config = TransferConfig("transfer", "linf")
+    direct = standing(build_attack(config, source=digits_model), digits_model, images, labels, 0.15)
+    assert direct.float().mean() < 0.3
+    blind = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    useless = standing(build_attack(config, source=blind), digits_model, images, labels, 0.15)
+    assert useless.float().mean() > direct.float().mean() + 0.2
+    with pytest.raises(ValueError, match="needs the model"):
+        build_attack(config)
+
+
+def test_noise_is_weaker_than_gradients_and_stays_in_the_ball(digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels()[:100], digits[2].labels[:100]
+    noise = run_attack(build_attack(NoiseConfig("noise", "linf")), digits_model, images, labels, epsilon=0.15)
+    pgd = standing(build_attack(PGDConfig("pgd", "linf")), digits_model, images, labels, 0.15)
+    assert (noise.logits.argmax(1) == labels).float().mean() > pgd.float().mean() + 0.1
+    assert noise.distance.max() <= 0.15 + 1e-6
+
+
+def test_results_repeat_and_leave_the_generators_alone(digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels()[:60], digits[2].labels[:60]
+    attack = build_attack(ProjectedConfig("projected", "linf", objectives=["margin"], restarts=3, steps=10))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = run_attack(attack, digits_model, images, labels, epsilon=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = run_attack(attack, digits_model, images, labels, epsilon=0.1)
+    assert torch.equal(first.logits, second.logits)
+
+
+def test_every_loss_names_objectives_that_exist() -> None:
+    for name, loss in LOSSES.items():
+        assert loss.adaptive_objectives and set(loss.adaptive_objectives) <= set(FAMILIES), name
+    assert {"targeted_margin", "scaled_ce"} <= set(LOSSES["dr_softmax"].adaptive_objectives)
+    assert build_loss("ce").adaptive_objectives != build_loss("dr_softmax").adaptive_objectives
+    with pytest.raises(ValueError, match="objective"):
+        build_attack(ProjectedConfig("projected", "linf"))
+
+
+def test_scaled_cross_entropy_finds_the_runner_up_where_the_others_are_even() -> None:
+    """All but the runner-up have the same logit: the plain gradient is spread over nine classes."""
+    logits = torch.zeros(1, 10, dtype=torch.float64)
+    logits[0, 0], logits[0, 1] = 8.0, 0.01
+    labels = torch.tensor([0])
+    shares = {}
+    for name in ("ce", "scaled_ce"):
+        moved = logits.clone().requires_grad_(True)
+        (objective,) = FAMILIES[name](logits, labels)
+        (slope,) = torch.autograd.grad(objective(moved, labels, torch.tensor([0])).sum(), moved)
+        shares[name] = float(slope[0, 1] / slope[0, 1:].sum())
+    assert shares["ce"] == pytest.approx(math.exp(0.01) / (8 + math.exp(0.01)))
+    assert shares["scaled_ce"] > shares["ce"]
+
+
+class Shadowed(nn.Module):
+    """Three pixels, three classes; class 2 is always just below class 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second, _ = (10 * images.flatten(1)).unbind(1)
+        return torch.stack([first, second, second - 0.01], dim=1)
+
+
+def test_every_target_is_the_samples_own_after_others_have_fallen() -> None:
+    """The first sample falls to its first target; the second one only to its second, which the first does not have."""
+    images = torch.tensor([[0.5, 0.49, 0.5], [0.45, 0.47, 0.5]]).view(2, 1, 1, 3)
+    attack = build_attack(ProjectedConfig("projected", "linf", objectives=["targeted_margin"], steps=20))
+    assert not standing(attack, Shadowed().eval(), images, torch.tensor([0, 1]), 0.02).any()
