@@ -16,6 +16,7 @@ from drs.verdicts import DECISIVE_WEAK, DECISIVE_WORST, INCONCLUSIVE, RULES, STA
 
 __all__ = ["COLUMNS", "RULES", "decide_claims", "paired_difference_table"]
 
+SANITY = ["data", "model", "loss", "loss_weight", "check", "passed", "excluded"]
 COLUMNS = ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model"]
 
 
@@ -57,8 +58,10 @@ def decide_claims(
     landing: pd.DataFrame,
     *,
     strong_suite: bool,
+    worst_case: pd.DataFrame | None = None,
+    sanity: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Decide the claims C1 to C4 for every dataset and architecture, and over all of them.
+    """Decide the claims C1 to C5 for every dataset and architecture, and over all of them.
 
     Args:
         models: models.csv; see ``drs.correlation.correlation_table`` and ``drs.paired.paired_difference_table``.
@@ -67,10 +70,13 @@ def decide_claims(
             ratio, ci_low, ci_high, device``.
         landing: landing.csv: ``data, model, attack, runner_up_rate, chance, matrix_correlation, excluded``.
         strong_suite: Whether the worst case contains the strong suite.
+        worst_case: worst_case.csv, see ``drs.masking.paired_gains``; C5 is open without it.
+        sanity: sanity.csv: ``data, model, loss, loss_weight, check, passed, excluded``.
 
     Returns:
         ``COLUMNS``; the overall rows, with data = model = ``all``, come first. ``effect`` with its 95 % interval is a
-        coefficient (C1, C4), a difference in robust accuracy as a share (C2) or a ratio of times (C3); ``n`` counts
+        coefficient (C1, C4), a difference in robust accuracy as a share (C2), a ratio of times (C3) or of
+        gains (C5); ``n`` counts
         models, pairs of seeds, or timed pairs. A claim whose inputs are missing is inconclusive, and the evidence
         says what is missing.
     """
@@ -85,6 +91,8 @@ def decide_claims(
             differences=select(differences, data=data, model=model),
             timing=select(timing, data=data, model=model),
             landing=select(landing, data=data, model=model),
+            worst_case=select(pd.DataFrame() if worst_case is None else worst_case, data=data, model=model),
+            sanity=select(pd.DataFrame(columns=SANITY) if sanity is None else sanity, data=data, model=model),
             strong_suite=strong_suite,
         )
         excluded = len(every) - len(usable)

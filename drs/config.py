@@ -134,7 +134,7 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     for name, section in (suite.get("attacks") or {}).items():
         attacks[name] = typed(attack_schema(name, section), section, f"suite.attacks.{name}.")
     sanity = suite.get("sanity")
-    parts = {
+    parts: dict[str, Any] = {
         "attacks": attacks,
         "sanity": None if sanity is None else typed(SanityConfig, sanity, "suite.sanity."),
     }

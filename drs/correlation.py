@@ -68,6 +68,18 @@ def usable_models(models: pd.DataFrame) -> pd.DataFrame:
     return models[(reason == "").to_numpy(dtype=bool)]
 
 
+def standard_models(models: pd.DataFrame) -> pd.DataFrame:
+    """Return the usable models of the standard training procedure; without a column ``procedure`` all are.
+
+    Adversarial training changes robustness by other means than the softmax distribution, so its models are points of
+    reference and stay out of correlations.
+    """
+    usable = usable_models(models)
+    if "procedure" not in usable:
+        return usable
+    return usable[(usable["procedure"].astype("string") == "standard").fillna(False).to_numpy(dtype=bool)]
+
+
 def group_models(models: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """Yield data, model and rows of every pair of a dataset and an architecture, in order of appearance."""
     if models.empty:  # perhaps without these columns
@@ -201,7 +213,7 @@ def correlation_table(
         models with both values) everything after ``n_models`` is NaN and stays out of the correction. ``n_draws``
         counts the resamples that had a coefficient.
     """
-    usable = usable_models(models)
+    usable = standard_models(models)
     statistics = [str(column).removeprefix("stat.") for column in models if str(column).startswith("stat.")]
     tables: list[pd.DataFrame] = []
     results: list[_Resampled] = []
@@ -250,7 +262,7 @@ def correlate(
         method: One of ``METHODS``.
         n_bootstrap, n_permutations, seed: See ``correlation_table``.
     """
-    rows = usable_models(models)
+    rows = standard_models(models)
     rows = rows.reindex(columns=[statistic, accuracy])
     left, right = _values(rows, [statistic]), _values(rows, [accuracy])
     result = _resample(left, right, n_bootstrap, n_permutations, [seed])
@@ -279,7 +291,7 @@ def correlate_settings(
     Returns:
         The coefficient without an interval; ``n`` counts settings.
     """
-    rows = usable_models(models)
+    rows = standard_models(models)
     if not {"loss", "loss_weight", statistic, accuracy} <= set(rows.columns):
         return Correlation(0, *[float("nan")] * 5)
     pair = [statistic, accuracy]

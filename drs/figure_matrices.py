@@ -14,6 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from drs.figure_style import (
     CHANCE_COLOUR,
+    IN_PANELS,
     STATISTICS,
     WIDTH,
     Setting,
@@ -21,17 +22,20 @@ from drs.figure_style import (
     attacks,
     groups,
     included,
+    marked_label,
     of_group,
     of_setting,
     panels,
     records,
-    setting_label,
     setting_style,
     settings,
     span,
     styled,
 )
 from drs.verdicts import ALPHA
+
+LANDING_PANELS = ("fgsm", "pgd", "cw_torchattacks", "cw")
+"""Attacks whose landing is drawn; the others are in landing.csv."""
 
 
 def _heat_panel(axis: Axes, rows: pd.DataFrame, statistics: list[str], columns: list[str]) -> None:
@@ -80,7 +84,7 @@ def correlation_heatmap(correlations: pd.DataFrame) -> Figure:
     """
     rows = correlations[correlations["method"] == "spearman"]
     rows = rows[(rows["attack"] == "clean") | rows["attack"].str.endswith("@mean")]
-    columns = attacks(rows["attack"])
+    columns = [name for name in attacks(rows["attack"]) if name.partition("@")[0] in ("clean", *IN_PANELS)]
     known = [name for name in STATISTICS if name in set(rows["statistic"])]
     statistics = known + sorted(set(rows["statistic"]) - set(known))
     pairs = groups(rows)
@@ -133,7 +137,7 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
                   markeredgewidth=0.4)  # fmt: skip
         axis.hlines(100 * cells["runner_up_rate"].mean(), position - 0.32, position + 0.32, color=style["color"])
     axis.axhline(100 * rows["chance"].mean(), color=CHANCE_COLOUR, linestyle=":", linewidth=1)
-    names = [setting_label(*setting) for setting in shown]
+    names = [marked_label(rows, setting) for setting in shown]
     slant: dict[str, Any] = {"rotation": 45, "ha": "right"} if len(shown) <= 8 else {"rotation": 90, "fontsize": 6}
     axis.set_xticks(range(len(shown)), names, **slant)
     axis.set_ylim(0, 105)
@@ -165,9 +169,9 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
     """
     rows = of_group(landing_rows(landing, landing_matrices), data, model)
     stored = of_group(landing_matrices, data, model)
-    shown, names = settings(rows), attacks(rows["attack"])
+    shown, names = settings(rows), [name for name in attacks(rows["attack"]) if name in LANDING_PANELS]
     kept = settings(stored)
-    longest = max(len(setting_label(*setting)) for setting in shown)
+    longest = max(len(marked_label(rows, setting)) for setting in shown)
     heights = [2.0 + 0.06 * longest, 2.3][: 2 if kept else 1]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -201,7 +205,7 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
         second = "class-mean softmax" if kind == "softmax" else f"after {attack_label(attack)}"
         if kind == "confusion" and len(agreement):
             second += f", r = {agreement.mean():.2f} (n = {len(agreement)})"
-        axis.set_title(f"{setting_label(*setting)}\n{second}", linespacing=1.35)
+        axis.set_title(f"{marked_label(rows, setting)}\n{second}", linespacing=1.35)
     axes[0].set_ylabel("true class")
     bar = lower[0].colorbar(image, ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("share of the row (%)")

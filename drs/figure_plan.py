@@ -7,7 +7,7 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
-from drs import figures
+from drs import figure_cost, figures
 from drs.figure_style import count, groups, included, of_group
 from drs.verdicts import PRIMARY_STATISTIC
 
@@ -19,6 +19,8 @@ KINDS = {
     "epsilon_curves": "Robust accuracy against epsilon",
     "nonlabel_distribution": "Non-label softmax values",
     "correlation_heatmap": "Correlations of statistics with accuracy",
+    "masking_gap": "Gain under PGD and under the worst case",
+    "robustness_against_time": "Robustness against training time",
     "where_attacks_land": "Where attacks land",
     "training_curves": "Training curves",
 }
@@ -108,5 +110,22 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
         )
         draw = partial(figures.correlation_heatmap, correlations)
         plan.append(_planned("correlation_heatmap", "", "", caption, draw))
+    worst = included(tables["worst_case"])
+    if (worst["norm"] == "linf").any():
+        caption = (
+            f"A point per model ({count(worst['run_id'].nunique(), 'model')}): robust accuracy at the decisive "
+            "epsilons under the worst case over all attacks (filled, Wilson's 95 % interval over images) and under PGD "
+            "alone on the same images (hollow)."
+        )
+        draw = partial(figure_cost.robustness_against_time, tables["models"], worst)
+        plan.append(_planned("robustness_against_time", "", "", caption, draw))
+    gains = tables["comparators"]
+    if "gain_pgd" in gains and gains["gain_pgd"].notna().any():
+        caption = (
+            "Each loss against cross-entropy at the same seed, on the same images: gain under PGD (hollow squares) and "
+            "under the worst case over all attacks (filled circles), with 95 % t intervals over pairs of seeds. Where "
+            "the circle falls short of the square, the rest of the gain was masking."
+        )
+        plan.append(_planned("masking_gap", "", "", caption, partial(figure_cost.masking_gap, gains)))
     order = list(KINDS)
     return sorted(plan, key=lambda figure: order.index(figure.kind))

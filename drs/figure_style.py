@@ -55,6 +55,10 @@ _LOSSES: dict[str, tuple[str, str, str, str]] = {
     "cot": ("COT", "#E69F00", "v", "-."),
     "logit_squeezing": ("logit squeezing", "#000000", "P", ":"),
     "confidence_penalty": ("confidence penalty", "#7F7F7F", "X", ":"),
+    "adversarial": ("AT", "#882255", "*", "-"),
+    "adversarial+dr_softmax": ("AT + DR", "#332288", "*", "-"),
+    "trades": ("TRADES", "#B8860B", "p", "-"),
+    "trades+dr_softmax": ("TRADES + DR", "#117733", "p", "-"),
 }
 _OTHER = ("", "#8C564B", "<", ":")
 _LIGHTEST_WEIGHT, _DARKEST_WEIGHT = 1e-4, 1e-1  # fixed, so that a weight has the same blue in every figure
@@ -68,9 +72,24 @@ _ATTACKS = {
     "pgd": "PGD",
     "cw_torchattacks": "CW (torchattacks)",
     "cw": "CW",
+    "margin_pgd": "margin PGD",
+    "targeted_pgd": "targeted PGD",
+    "apgd_ce": "APGD-CE",
+    "fmn_linf": "FMN L∞",
+    "fmn_l2": "FMN L2",
+    "adaptive": "adaptive",
+    "apgd_t": "APGD-T",
+    "fab_t": "FAB-T",
+    "square": "Square",
+    "transfer": "transfer",
+    "noise": "random noise",
+    "hop_skip_jump": "HopSkipJump",
     "worst_linf": "worst case L∞",
     "worst_l2": "worst case L2",
 }
+IN_PANELS = ("fgsm", "pgd", "cw_torchattacks", "cw", "margin_pgd", "targeted_pgd", "worst_linf", "worst_l2")
+"""Attacks that get a panel where a figure has one per attack; the others are in the tables."""
+MARK = "†"  # after a setting of which a model fails a sanity check
 STATISTICS = {
     "nonlabel_var_log": "variance of log p over the non-label classes (nat²)",
     "nonlabel_std": "standard deviation of p over the non-label classes (probability)",
@@ -99,6 +118,20 @@ def setting_label(loss: str, weight: float) -> str:
     """Name a loss and its weight as the figures and the report do: ``CE``, ``DR 0.005``."""
     name = _LOSSES.get(loss, _OTHER)[0] or loss.replace("_", " ")
     return name if not weight > 0 else f"{name} {weight:g}"
+
+
+def marked_label(rows: pd.DataFrame, setting: Setting) -> str:
+    """Name a setting, with a dagger if one of its models in ``rows`` fails a sanity check (``failed_checks``)."""
+    own = of_setting(rows, setting)
+    return setting_label(*setting) + (f" {MARK}" if has_failed(own).any() else "")
+
+
+def has_failed(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Say for every row whether its model, or one of its setting, fails a sanity check."""
+    if "failed_checks" not in rows:
+        return pd.Series(False, index=rows.index)
+    names = rows["failed_checks"].astype(object)
+    return names.notna() & (names.astype(str).str.strip() != "")
 
 
 def setting_style(loss: str, weight: float) -> dict[str, Any]:
@@ -232,14 +265,24 @@ def panels(number: int, *, columns: int = 3, height: float = 2.1, extra: float =
     return figure, list(axes[:number])
 
 
-def legend_below(figure: Figure, shown: Iterable[Setting], extra: Sequence[Line2D] = (), *, lines: bool) -> None:
-    """Put one legend for the whole figure under its panels, where it covers no data."""
+def legend_below(
+    figure: Figure, shown: Iterable[Setting], extra: Sequence[Line2D] = (), *, lines: bool, rows: pd.DataFrame
+) -> None:
+    """Put one legend for the whole figure under its panels, where it covers no data.
+
+    Args:
+        figure: Where to put it.
+        shown: The settings to name.
+        extra: Further handles.
+        lines: Whether the settings are drawn as lines.
+        rows: The rows drawn; a setting of which a model fails a sanity check gets a dagger.
+    """
     handles = []
     for loss, weight in shown:
         style = setting_style(loss, weight)
         if not lines:
             style["linestyle"] = "none"
-        handles.append(Line2D([], [], label=setting_label(loss, weight), **style))
+        handles.append(Line2D([], [], label=marked_label(rows, (loss, weight)), **style))
     handles += list(extra)
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(WIDTH * 14 / (longest + 6)))

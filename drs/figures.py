@@ -5,6 +5,8 @@ Every function takes whole tables (the columns of ``results/<study>/tables/*.csv
 single models are shown; every panel says how many models, seeds or samples stand behind it.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,12 +18,14 @@ from drs.figure_matrices import correlation_heatmap, where_attacks_land
 from drs.figure_style import (
     CHANCE_COLOUR,
     EXCLUDED_COLOUR,
+    IN_PANELS,
     WIDTH,
     Setting,
     attack_label,
     attacks,
     count,
     groups,
+    has_failed,
     included,
     is_excluded,
     legend_below,
@@ -77,7 +81,7 @@ def statistic_vs_accuracy(
     """
     rows = of_group(models, data, model)
     columns = [name for name in rows.filter(regex=r"^acc\..*@mean$").columns if rows[name].notna().any()]
-    shown = attacks(name.removeprefix("acc.").removesuffix("@mean") for name in columns)
+    shown = [a for a in attacks(name.removeprefix("acc.").removesuffix("@mean") for name in columns) if a in IN_PANELS]
     cells = of_group(accuracy, data, model)
     bounded = cells[np.isfinite(cells["epsilon"]) & (cells["attack"] != "clean")]
     counts = bounded.groupby(["run_id", "attack"])["n"].min().to_dict()
@@ -86,7 +90,7 @@ def statistic_vs_accuracy(
     values = rows[f"stat.{statistic}"]
     log = bool((values.dropna() > 0).all() and values.max() > 20 * values.min())
     for axis, attack in zip(axes, shown, strict=True):
-        for (_, row), value, crossed in zip(rows.iterrows(), values, out, strict=True):
+        for (_, row), value, crossed, failed in zip(rows.iterrows(), values, out, has_failed(rows), strict=True):
             share, n = row[f"acc.{attack}@mean"], counts.get((row["run_id"], attack), row["n_attacked"])
             if pd.isna(share) or pd.isna(value):
                 continue
@@ -95,7 +99,9 @@ def statistic_vs_accuracy(
                 style = {"color": EXCLUDED_COLOUR, "marker": "x"}
             low, high = 100 * wilson_interval([share], [n])[:, 0]
             axis.vlines(value, low, high, color=style["color"], linewidth=0.8, alpha=0.7)
-            edge = {} if crossed else {"markeredgecolor": "white", "markeredgewidth": 0.4}
+            edge: dict[str, Any] = {} if crossed else {"markeredgecolor": "white", "markeredgewidth": 0.4}
+            if failed and not crossed:  # hollow: a sanity check of this model failed
+                edge = {"markerfacecolor": "white", "markeredgecolor": style["color"]}
             axis.plot(value, 100 * share, **{**style, **edge, "linestyle": "none"})
         axis.margins(x=0.08)
         if log:
@@ -118,7 +124,7 @@ def statistic_vs_accuracy(
     )
     figure.supylabel("robust accuracy, mean over ε (%)")
     cross = Line2D([], [], color=EXCLUDED_COLOUR, marker="x", linestyle="none", label=f"excluded ({int(out.sum())})")
-    legend_below(figure, settings(rows[~out]), [cross] if out.any() else [], lines=False)
+    legend_below(figure, settings(rows[~out]), [cross] if out.any() else [], lines=False, rows=rows[~out])
     return figure
 
 
@@ -161,7 +167,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
     """
     rows = included(of_group(accuracy, data, model))
     clean = rows[rows["attack"] == "clean"]
-    shown = [name for name in attacks(rows["attack"]) if name != "clean"]
+    shown = [name for name in attacks(rows["attack"]) if name in IN_PANELS]
     figure, axes = panels(len(shown), height=1.95, extra=0.7)
     for axis, attack in zip(axes, shown, strict=True):
         cells = rows[rows["attack"] == attack]
@@ -190,7 +196,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
     note = f"; {count(left_out, 'excluded model')} left out" if left_out else ""
     figure.suptitle(f"{data}, {model}: mean over seeds, band ± 1 standard deviation over seeds{note}")
     line = Line2D([], [], color=CHANCE_COLOUR, linestyle=":", linewidth=1, label="chance")
-    legend_below(figure, settings(rows), [line] if chance is not None else [], lines=True)
+    legend_below(figure, settings(rows), [line] if chance is not None else [], lines=True, rows=rows)
     return figure
 
 
@@ -229,7 +235,7 @@ def nonlabel_distribution(softmax_profile: pd.DataFrame) -> Figure:
         axis.set_title(f"{data}, {model}\nn = {span(rows['n'])} (clean samples × seeds) a line", linespacing=1.35)
     figure.supylabel("softmax value (log scale)")
     figure.suptitle("Median over clean test samples; band: quartiles, for the bold lines")
-    legend_below(figure, settings(softmax_profile), lines=True)
+    legend_below(figure, settings(softmax_profile), lines=True, rows=softmax_profile)
     return figure
 
 
@@ -278,5 +284,5 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
         axis.set_xlabel("epoch")
     seeds = span(rows.groupby(["loss", "loss_weight"])["seed"].nunique())
     figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, band ± 1 standard deviation over seeds")
-    legend_below(figure, settings(rows), lines=True)
+    legend_below(figure, settings(rows), lines=True, rows=rows)
     return figure

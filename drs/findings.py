@@ -9,6 +9,7 @@ import pandas as pd
 
 from drs import evidence
 from drs.correlation import Correlation, correlate, correlate_settings, usable_models
+from drs.masking import MASKING_CHECKS, failing_share, masked_checks, paired_gains, survival
 from drs.paired import BASELINE
 from drs.verdicts import (
     DECISIVE_WEAK,
@@ -25,6 +26,7 @@ from drs.verdicts import (
     Reading,
     decide_clean,
     decide_correlation,
+    decide_masking,
     decide_robustness,
     decide_time,
 )
@@ -42,6 +44,8 @@ class Group(NamedTuple):
     differences: pd.DataFrame
     timing: pd.DataFrame
     landing: pd.DataFrame
+    worst_case: pd.DataFrame
+    sanity: pd.DataFrame
     strong_suite: bool
 
 
@@ -159,15 +163,19 @@ def _robustness_claim(group: Group) -> Finding:
             return f"{NAMES[attack]} not measured"
         return f"{NAMES[attack]} {evidence.with_interval(*found[attack][1:], digits=1, scale=100, sign=True)}"
 
-    norm = "not measured"
-    if "norm.cw" in found:
-        norm = f"{evidence.with_interval(*found['norm.cw'][1:], digits=3, sign=True)} pixel units"
+    norms = [
+        f"{name} {evidence.with_interval(*found[column][1:], digits=4, sign=True)}"
+        for column, name in (("norm.cw", "L2 by CW"), ("norm.fmn_l2", "L2 by FMN"), ("norm.fmn_linf", "Linf by FMN"))
+        if column in found
+    ]
+    norm = f"{', '.join(norms)} pixel units" if norms else "not measured"
     shown = found.get(DECISIVE_WORST if group.strong_suite else DECISIVE_WEAK)
     n = shown.n if shown else max(difference.n for difference in found.values())
     listed = ", ".join(gain(attack) for attack in (*WEAK_ATTACKS, *WORST_CASES, "cw@mean", "clean"))
+    where = "; worst cases at the decisive epsilons, the other attacks at all of theirs" if group.strong_suite else ""
     details = (
-        f"change in points of accuracy over {n} pairs of seeds: {listed}",
-        f"change in the median minimal L2 norm (CW): {norm}",
+        f"change in points of accuracy over {n} pairs of seeds: {listed}{where}",
+        f"change in the median minimal norm: {norm}",
     )
     return Finding(decision, *(shown[1:] if shown else (_NAN, _NAN, _NAN)), n, details)
 
@@ -182,11 +190,18 @@ def _time_claim(group: Group) -> Finding:
         return Finding(Decision(INCONCLUSIVE, f"no training step was timed at weight {PRIMARY_WEIGHT:g}"))
     row = rows.sort_values("ratio").iloc[-1]
     slowest = f", the slowest of {len(rows)} measurements" if len(rows) > 1 else ""
-    details = (
+    details: tuple[str, ...] = (
         f"{float(row['loss_ms']):.2f} ms a training step against {float(row['baseline_ms']):.2f} ms, batches of "
         f"{int(row['batch_size'])}, {int(row['n_pairs'])} interleaved pairs on {row['device']}{slowest}",
     )
     low, high = float(row["ci_low"]), float(row["ci_high"])
+    references = [
+        f"{name} {evidence.with_interval(*(float(found[0][key]) for key in ('ratio', 'ci_low', 'ci_high')))}"
+        for label, name in (("adversarial", "adversarial training"), ("trades", "TRADES"))
+        if (found := select(group.timing, loss=label, baseline=BASELINE).to_dict("records"))
+    ]
+    if references:
+        details = (*details, f"for comparison, the same ratio: {', '.join(references)}")
     return Finding(decide_time(low, high), float(row["ratio"]), low, high, int(row["n_pairs"]), details)
 
 
@@ -211,10 +226,38 @@ def _clean_claim(group: Group) -> Finding:
     return Finding(decide_clean(models, settings), models.coefficient, models.ci_low, models.ci_high, models.n, details)
 
 
+def _masking_claim(group: Group) -> Finding:
+    left = survival(paired_gains(group.worst_case, PRIMARY_LOSS, PRIMARY_WEIGHT))
+    sanity = usable_models(group.sanity)
+    own = select(sanity, loss=PRIMARY_LOSS, loss_weight=PRIMARY_WEIGHT)
+    baseline = select(sanity, loss=BASELINE)
+    decision = decide_masking(left, masked_checks(own, baseline), strong_suite=group.strong_suite)
+    if not group.strong_suite or not left.pgd.n:
+        return Finding(decision, n=left.pgd.n)
+    gains = [
+        f"{name} {evidence.with_interval(*gain[1:], digits=1, scale=100, sign=True)}"
+        for name, gain in (("PGD", left.pgd), ("worst case Linf", left.worst))
+    ]
+    n = group.worst_case.loc[group.worst_case["norm"] == "linf", "n"].min()
+    failing = [
+        f"{check} {evidence.number(100 * share, 0)} %"
+        for check in MASKING_CHECKS
+        if (share := failing_share(own, check)) > 0
+    ]
+    unbounded = math.isnan(left.ci_low)
+    details = (
+        f"gain over cross-entropy in points on the same {int(n)} images over {left.pgd.n} pairs: {', '.join(gains)}",
+        "the share has no bounded interval, because the gain under PGD cannot be told from 0" if unbounded else "",
+        f"masking checks that its models fail: {', '.join(failing) or 'none'}",
+    )
+    return Finding(decision, left.share, left.ci_low, left.ci_high, left.pgd.n, details)
+
+
 # Claim -> what one group says about it.
 CLAIMS: dict[str, Callable[[Group], Finding]] = {
     "C1": _correlation_claim,
     "C2": _robustness_claim,
     "C3": _time_claim,
     "C4": _clean_claim,
+    "C5": _masking_claim,
 }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from drs.coefficients import Array, bca_interval, coefficients, draw_counts, draw_permutations, permutation_p
-from drs.correlation import accuracy_columns, benjamini_hochberg, group_models, usable_models
+from drs.correlation import accuracy_columns, benjamini_hochberg, group_models, standard_models
 
 CONTROLS = {"clean_accuracy": "clean_accuracy", "margin": "stat.margin", "logit_norm": "stat.logit_norm"}
 CONTROL_SETS: tuple[tuple[str, ...], ...] = (tuple(CONTROLS), *((name,) for name in CONTROLS))
@@ -25,14 +25,6 @@ COLUMNS = [
     "q_value",
 ]  # fmt: skip
 _COLLINEAR = 1e-9  # a column of ranks with less than this share of its variance left is a function of the controls
-
-
-def standard_models(models: pd.DataFrame) -> pd.DataFrame:
-    """Return the usable models of the standard training procedure; without a column ``procedure`` all are."""
-    usable = usable_models(models)
-    if "procedure" not in usable:
-        return usable
-    return usable[(usable["procedure"].astype("string") == "standard").fillna(False).to_numpy(dtype=bool)]
 
 
 def finite_values(models: pd.DataFrame, columns: list[str]) -> Array:

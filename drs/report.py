@@ -8,10 +8,10 @@ from urllib.parse import quote
 import matplotlib
 import pandas as pd
 
-from drs import report_tables, report_text
+from drs import report_checks, report_statistics, report_tables, report_text
 from drs.errors import UserError
 from drs.figure_plan import KINDS, PlannedFigure, Tables, plan_figures
-from drs.figure_style import STYLE
+from drs.figure_style import STYLE, has_failed
 from drs.files import atomic_write
 from drs.markdown import escape
 from drs.verdicts import RULES
@@ -21,7 +21,9 @@ _RUN = ["run_id", *_KEYS, "seed"]
 # The columns that drawing and writing rely on, so that a missing or empty table still has them.
 COLUMNS = {
     "models": [*_RUN, "clean_accuracy", "train_seconds", "n_clean", "n_attacked", "excluded"],
-    "accuracy": [*_RUN, "attack", "norm", "epsilon", "epsilon_label", "n", "robust_accuracy", "excluded"],
+    "accuracy": [
+        *_RUN, "attack", "norm", "epsilon", "epsilon_label", "n", "robust_accuracy", "excluded", "cumulative",
+    ],
     "softmax_profile": [*_KEYS, "rank", "q25", "median", "q75", "n"],
     "landing": [
         *_RUN, "attack", "epsilon_label", "n_flips", "runner_up_rate", "chance", "matrix_correlation", "excluded",
@@ -37,6 +39,12 @@ COLUMNS = {
         "data", "model", "statistic", "attack", "method", "n_models", "coefficient", "ci_low", "ci_high", "p_value",
         "q_value",
     ],
+    "worst_case": [*_RUN, "norm", "epsilon", "epsilon_label", "n", "clean", "pgd", "worst", "excluded"],
+    "sanity": [*_RUN, "check", "figure", "threshold", "passed", "n", "excluded"],
+    "comparators": [*_KEYS, "n_seeds"],
+    "partial_correlations": ["data", "model", "statistic", "attack", "controls", "n_models", "coefficient"],
+    "granulated": ["data", "model", "statistic", "attack", "axis", "n_models", "n_pairs", "coefficient"],
+    "sample_correlations": [*_RUN, "attack", "statistic", "n", "n_not_found", "coefficient", "excluded"],
     "claims": ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model"],
 }  # fmt: skip
 _TEXT = ("run_id", "data", "model", "loss", "attack", "norm", "epsilon_label", "excluded", "reason", "device")
@@ -65,6 +73,26 @@ def read_tables(study_dir: str | Path) -> Tables:
         if table.empty and name == "models":
             raise UserError(f"{path} holds no model; train and evaluate one first")
         tables[name] = table
+    return mark_failed_checks(tables)
+
+
+def mark_failed_checks(tables: Tables) -> Tables:
+    """Give every table of models or settings the column ``failed_checks`` of models.csv, where that has one.
+
+    A row of one model gets the model's, a row of a setting those of any of its models, joined by semicolons.
+    """
+    models = tables["models"]
+    if "failed_checks" not in models:
+        return tables
+    failed = models.assign(failed_checks=models["failed_checks"].fillna("").astype(str))
+    of_model = failed.set_index("run_id")["failed_checks"]
+    of_setting = failed.groupby(_KEYS)["failed_checks"].agg(lambda names: ";".join(name for name in names if name))
+    for name, table in tables.items():
+        if "run_id" in table:
+            tables[name] = table.assign(failed_checks=table["run_id"].map(of_model).fillna(""))
+        elif set(_KEYS) <= set(table) and name != "comparators":
+            keys = pd.MultiIndex.from_frame(table[_KEYS].astype({"loss_weight": float}))
+            tables[name] = table.assign(failed_checks=of_setting.reindex(keys).fillna("").to_numpy())
     return tables
 
 
@@ -154,7 +182,25 @@ def write_report(study_dir: str | Path) -> Path:
             report_tables.correlations_section(tables["correlations"]),
             ("statistic_vs_accuracy", "correlation_heatmap", "nonlabel_distribution"),
         ),
+        ("Partial correlations", report_statistics.partial_section(tables["partial_correlations"]), ()),
+        ("Granulated coefficients", report_statistics.granulated_section(tables["granulated"]), ()),
+        (
+            "Statistics and minimal perturbations, sample by sample",
+            report_statistics.sample_correlation_section(tables["sample_correlations"]),
+            (),
+        ),
         ("Robust accuracy", report_tables.accuracy_section(tables["accuracy"]), ("epsilon_curves",)),
+        ("Sanity checks", report_checks.sanity_section(tables["sanity"]), ()),
+        (
+            "How much of the gain is masking",
+            report_checks.masking_section(tables["comparators"]),
+            ("masking_gap",),
+        ),
+        (
+            "All losses and procedures",
+            report_checks.comparator_section(tables["comparators"]),
+            ("robustness_against_time",),
+        ),
         ("Differences to cross-entropy", report_tables.differences_section(tables["paired_differences"]), ()),
         (
             "Where attacks land",
@@ -167,6 +213,8 @@ def write_report(study_dir: str | Path) -> Path:
         ("Provenance", report_text.provenance_section(provenance), ()),
     ]
     text = [f"# {escape(name)}: does the softmax distribution explain robustness?", report_text.summary(tables, strong)]
+    if has_failed(tables["models"]).any():
+        text.append(report_checks.MARK_NOTE)
     for title, body, kinds in sections:
         text += [f"## {title}", body, *_embedded(study_dir, plan, kinds)]
     path = study_dir / "REPORT.md"

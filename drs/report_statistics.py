@@ -9,10 +9,10 @@ from drs.figure_style import (
     attacks,
     groups,
     included,
+    marked_label,
     of_group,
     of_setting,
     records,
-    setting_label,
     settings,
     span,
 )
@@ -157,7 +157,7 @@ def sample_correlation_section(sample_correlations: pd.DataFrame) -> str:
                 cells = of_setting(at, setting)
                 one = cells[cells["statistic"] == cells["statistic"].iloc[0]]  # counts are the same for every one
                 rows.append(
-                    [group_name(data, model), attack_label(attack), escape(setting_label(*setting)), str(len(one))]
+                    [group_name(data, model), attack_label(attack), escape(marked_label(at, setting)), str(len(one))]
                     + [span(one["n"]), whole(one["n_not_found"].sum())]
                     + [mean_sd(cells.loc[cells["statistic"] == name, "coefficient"], digits=2) for name in shown]
                 )

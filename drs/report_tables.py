@@ -6,10 +6,12 @@ import pandas as pd
 
 from drs.figure_matrices import landing_rows
 from drs.figure_style import (
+    IN_PANELS,
     attack_label,
     attacks,
     groups,
     included,
+    marked_label,
     of_group,
     of_setting,
     records,
@@ -41,7 +43,7 @@ def models_section(models: pd.DataFrame) -> str:
         columns: dict[str, tuple[str, float, int | None]] = {"clean (%)": ("clean_accuracy", 100.0, 1)}
         names = [str(name) for name in group.columns if group[name].notna().any()]
         accuracies = [name.removeprefix("acc.") for name in names if name.startswith("acc.") and name.endswith("@mean")]
-        for name in attacks(accuracies):
+        for name in [name for name in attacks(accuracies) if name.removesuffix("@mean") in IN_PANELS]:
             columns[f"{attack_label(name.removesuffix('@mean'))} (%)"] = (f"acc.{name}", 100.0, 1)
         for name in names:
             if name.startswith("norm."):
@@ -51,7 +53,7 @@ def models_section(models: pd.DataFrame) -> str:
         for setting in settings(group):
             seeds = of_setting(group, setting)
             cells = [mean_sd(seeds[name], scale=scale, digits=digits) for name, scale, digits in columns.values()]
-            rows.append([escape(setting_label(*setting)), str(seeds["seed"].nunique()), *cells])
+            rows.append([escape(marked_label(group, setting)), str(seeds["seed"].nunique()), *cells])
         body = table(["loss", "n seeds", *columns], rows) if rows else "Every model is excluded."
         sections.append(f"### {group_name(data, model)}\n\n{body}")
     return "\n\n".join(sections)
@@ -59,19 +61,25 @@ def models_section(models: pd.DataFrame) -> str:
 
 def accuracy_section(accuracy: pd.DataFrame) -> str:
     """Return robust accuracy in % by attack and epsilon (rows) and loss (columns), mean ± sd over seeds."""
-    sections = ["Robust accuracy in %, mean ± standard deviation over seeds; a clean error counts as a failure."]
+    sections = [
+        "Robust accuracy in %, mean ± standard deviation over seeds; a clean error counts as a failure. An attack "
+        "marked “and all above” ran on what the attacks of its norm above it had left standing, so its row is what is "
+        "left after all of them."
+    ]
     for data, model in groups(accuracy):
         group = included(of_group(accuracy, data, model))
         shown = settings(group)
         rows = []
+        cumulative = set(group.loc[group["cumulative"].astype(str) == "True", "attack"])
         for attack in attacks(group["attack"]):
             cells = group[group["attack"] == attack]
+            name = attack_label(attack) + (" (and all above)" if attack in cumulative else "")
             for label in cells.sort_values("epsilon")["epsilon_label"].drop_duplicates():
                 at = cells[cells["epsilon_label"] == label]
                 values = [mean_sd(of_setting(at, setting)["robust_accuracy"], scale=100.0) for setting in shown]
                 epsilon = "" if attack == "clean" else "∞" if label == "inf" else escape(label)
-                rows.append([attack_label(attack), epsilon, *values, span(at["n"])])
-        headers = ["attack", "ε", *(escape(setting_label(*setting)) for setting in shown), "n images"]
+                rows.append([name, epsilon, *values, span(at["n"])])
+        headers = ["attack", "ε", *(escape(marked_label(group, setting)) for setting in shown), "n images"]
         sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows))
     return "\n\n".join(sections)
 
@@ -87,11 +95,14 @@ def differences_section(differences: pd.DataFrame) -> str:
     ]
     for data, model in groups(short):
         group = of_group(short, data, model)
-        columns = attacks(group["attack"].astype(str))
+        kept = ("clean", "norm", *IN_PANELS)
+        columns = [
+            name for name in attacks(group["attack"].astype(str)) if name.partition("@")[0].partition(".")[0] in kept
+        ]
         rows = []
         for setting in settings(group):
             cells = of_setting(group, setting).set_index("attack")
-            row = [escape(setting_label(*setting)), span(cells["n_pairs"])]
+            row = [escape(marked_label(group, setting)), span(cells["n_pairs"])]
             for name in columns:
                 if name not in cells.index:
                     row.append(NONE)
@@ -172,7 +183,7 @@ def landing_section(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> st
         return "No attack was examined for where it lands."
     for data, model in groups(kept):
         group = of_group(kept, data, model)
-        for attack in attacks(group["attack"]):
+        for attack in [name for name in attacks(group["attack"]) if name in IN_PANELS]:
             at = group[group["attack"] == attack]
             for setting in settings(at):
                 cells = of_setting(at, setting)
@@ -180,7 +191,7 @@ def landing_section(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> st
                     [
                         group_name(data, model),
                         escape(attack_label(f"{attack}@{cells['epsilon_label'].iloc[0]}")),
-                        escape(setting_label(*setting)),
+                        escape(marked_label(at, setting)),
                         str(len(cells)),
                         whole(cells["n_flips"].sum()),
                         mean_sd(cells["runner_up_rate"], scale=100.0),
@@ -204,7 +215,7 @@ def timing_section(timing: pd.DataFrame) -> str:
     rows = [
         [
             group_name(row.data, row.model),
-            escape(setting_label(str(row.loss), float(row.loss_weight))),
+            escape(marked_label(of_group(timing, row.data, row.model), (str(row.loss), float(row.loss_weight)))),
             escape(setting_label(str(row.baseline), 0.0)),
             escape(row.device),
             whole(row.batch_size),

@@ -28,8 +28,8 @@ and within epsilon. An exception inside an attack fails its cell; it is never sc
 sample over the attacks of the same norm: a sample counts only if it withstands all of them. Minimal norms are in pixel
 units; where an attack minimises a norm, robust accuracy at epsilon is the share of samples whose norm exceeds it."""
 
-_POINTS, _RATIO, _COEFFICIENT = "points", "ratio", "ρ"
-_EFFECTS = {"C1": _COEFFICIENT, "C2": _POINTS, "C3": _RATIO, "C4": _COEFFICIENT}
+_POINTS, _RATIO, _COEFFICIENT, _SHARE = "points", "ratio", "ρ", "share"
+_EFFECTS = {"C1": _COEFFICIENT, "C2": _POINTS, "C3": _RATIO, "C4": _COEFFICIENT, "C5": _SHARE}
 
 
 def effect_text(claim: pd.Series) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from drs.cells import by_run
 from drs.claims import decide_claims
+from drs.comparators import comparator_table
 from drs.config import EvaluateConfig, fingerprint
 from drs.correlation import correlation_table
 from drs.device import choose_device
@@ -75,8 +76,15 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
     tables["partial_correlations"] = partial_correlation_table(models)
     tables["granulated"] = granulated_table(models)
     tables["paired_differences"] = paired_difference_table(models)
+    tables["comparators"] = comparator_table(models, tables["accuracy"], tables["worst_case"])
     tables["claims"] = decide_claims(
-        models, tables["correlations"], tables["timing"], tables["landing"], strong_suite=config.suite.strong
+        models,
+        tables["correlations"],
+        tables["timing"],
+        tables["landing"],
+        strong_suite=config.suite.strong,
+        worst_case=tables["worst_case"],
+        sanity=tables["sanity"],
     )
     write_tables(study, tables)
     train_seconds = float(models["train_seconds"].sum())

@@ -109,7 +109,7 @@ def _group(named: dict[str, Any]) -> tuple[Any, ...]:
 
 def _has_matrices(cell: Cell, suite: SuiteConfig) -> bool:
     """Whole matrices are kept for one attack, PGD at the middle epsilon: many flips, and not yet all."""
-    if cell.config is None or cell.config.kind != "pgd":
+    if not isinstance(cell.config, AttackConfig) or cell.config.kind != "pgd":
         return False
     bounds = suite_epsilons(suite, cell.train.data.name, cell.config.norm)
     return cell.epsilon == bounds[len(bounds) // 2]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from drs.correlation import Correlation
+from drs.masking import MASKING_CHECKS, Survival
 
 PRIMARY_STATISTIC = "nonlabel_var_log"  # what the loss restrains
 PRIMARY_LOSS = "dr_softmax"
@@ -21,6 +22,7 @@ MIN_PAIRS = 3
 MEANINGFUL_GAIN = 0.02
 MEANINGFUL_CORRELATION = 0.5
 TIME_BUDGET = 1.05
+SURVIVING_SHARE = 0.5
 
 WEAK_ATTACKS = ("fgsm@mean", "pgd@mean")
 WORST_CASES = ("worst_linf@mean", "worst_l2@mean")
@@ -47,6 +49,7 @@ STATEMENTS = {
     "C2": "DR-softmax improves robustness.",
     "C3": "It costs no significant time.",
     "C4": "Standard accuracy has no significant positive correlation with softmax stochasticity.",
+    "C5": "The gain is not gradient masking.",
 }
 
 _NOT_STRONG = "the strong attacks were not run, so no better verdict was possible"
@@ -61,11 +64,14 @@ _SMALL = f"fewer than {MIN_MODELS} models or {MIN_SETTINGS} settings"
 RULES = f"""\
 These rules were fixed before the study was run. A verdict is *{SUPPORTED}*, *{WEAK_ONLY}*, *{NOT_SUPPORTED}* or
 *{INCONCLUSIVE}*. Each group, a dataset and an architecture, is decided by itself; excluded models never count. Attacks
-are read at the mean of their finite epsilons. The weak attacks are {_names(WEAK_ATTACKS)}; the worst case is per
-sample over all attacks of a norm, Linf and L2. Unless the strong attacks were run, no claim about
-robustness (C1, C2) gets better than *{WEAK_ONLY}*. Intervals are 95 %. A set of attacks passes only if every attack in
-it passes, so reading several needs no further correction. Intervals and q of coefficients take models as independent;
-where the seeds of a setting resemble each other they promise too much, which is why C1 and C4 also ask the settings.
+are read at the mean of their finite epsilons; with the strong attacks, a worst case is read at the mean of the decisive
+epsilons, where those attacks ran. The weak attacks are {_names(WEAK_ATTACKS)}; the worst case is per sample over all
+attacks of a norm, Linf and L2. Unless the strong attacks were run, no claim about robustness (C1, C2) gets better than
+*{WEAK_ONLY}*, and C5 stays open. Correlations (C1, C4) are over models of the standard training procedure, whatever
+their loss; adversarial training and TRADES are points of reference for cost. Intervals are 95 %. A set of attacks
+passes only if every attack in it passes, so reading several needs no further correction. Intervals and q of
+coefficients take models as independent; where the seeds of a setting resemble each other they promise too much, which
+is why C1 and C4 also ask the settings.
 
 - **C1. {STATEMENTS["C1"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with robust accuracy. An attack
   passes if three things hold. Over the models, the bootstrap interval excludes 0 and the Benjamini–Hochberg q over the
@@ -98,10 +104,22 @@ where the seeds of a setting resemble each other they promise too much, which is
   - *{SUPPORTED}*: neither is, and both the interval over the models and the coefficient over the settings end below
     {MEANINGFUL_CORRELATION:g}.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
+- **C5. {STATEMENTS["C5"]}** DR-softmax at weight {PRIMARY_WEIGHT:g} and cross-entropy paired by seed, on the decisive
+  samples and epsilons in Linf: the gain under PGD, the gain under the worst case, and the share of the first that is
+  left in the second, with Fieller's interval over the seeds. A masking check is one that an honest model passes
+  ({", ".join(MASKING_CHECKS)}); it counts where most of the DR-softmax models fail it and most of the cross-entropy
+  models do not.
+  - *{NOT_SUPPORTED}*: a gain under PGD is shown (its interval lies above 0), and a masking check counts, or the share's
+    interval ends below {SURVIVING_SHARE:g}, or the interval of the gain under the worst case ends below
+    {SURVIVING_SHARE:g} times the gain under PGD.
+  - *{SUPPORTED}*: a gain is shown under PGD and under the worst case, no masking check counts, and the share's interval
+    lies above {SURVIVING_SHARE:g}.
+  - *{INCONCLUSIVE}*: everything else, no gain under PGD shown (there is nothing to explain), fewer than {MIN_PAIRS}
+    pairs, or the strong attacks not run.
 
 Over all groups the verdict is the least favourable that any group came to, from *{SUPPORTED}* over *{WEAK_ONLY}* to
 *{NOT_SUPPORTED}*; inconclusive groups have no say unless all are. The effect is the groups' coefficients averaged with
-their numbers of models as weights (C1, C4), or the plain mean of the groups' effects (C2, C3)."""
+their numbers of models as weights (C1, C4), or the plain mean of the groups' effects (C2, C3, C5)."""
 
 
 class Decision(NamedTuple):
@@ -263,6 +281,23 @@ def decide_clean(models: Correlation, settings: Correlation) -> Decision:
         where = "models but not over settings" if significant[0] else "settings but not over models"
         return Decision(INCONCLUSIVE, f"significantly positive over {where}")
     return Decision(INCONCLUSIVE, f"not significantly positive, but {MEANINGFUL_CORRELATION:g} is not ruled out")
+
+
+def decide_masking(left: Survival | None, counting: Sequence[str], *, strong_suite: bool) -> Decision:
+    """Decide C5 from what is left of the PGD gain and the masking checks that count against it."""
+    if not strong_suite:
+        return Decision(INCONCLUSIVE, "the strong attacks were not run")
+    if left is None or left.pgd.n < MIN_PAIRS:
+        return Decision(INCONCLUSIVE, f"{left.pgd.n if left else 0} pairs of seeds; {MIN_PAIRS} are needed")
+    if not left.pgd.ci_low > 0:
+        return Decision(INCONCLUSIVE, "no gain under PGD is shown, so there is nothing to explain")
+    if counting:
+        return Decision(NOT_SUPPORTED, f"most of the models fail {', '.join(counting)} where cross-entropy passes")
+    if left.ci_high < SURVIVING_SHARE or left.worst.ci_high < SURVIVING_SHARE * left.pgd.difference:
+        return Decision(NOT_SUPPORTED, f"less than {SURVIVING_SHARE:g} of the gain under PGD is left in the worst case")
+    if left.ci_low > SURVIVING_SHARE and left.worst.ci_low > 0:
+        return Decision(SUPPORTED, f"more than {SURVIVING_SHARE:g} of the gain under PGD is left in the worst case")
+    return Decision(INCONCLUSIVE, "how much of the gain under PGD is left in the worst case is not settled")
 
 
 def least_favourable(verdicts: Sequence[str]) -> str:

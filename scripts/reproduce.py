@@ -40,6 +40,7 @@ EFFECTS = {
     "C2": "difference of accuracies",
     "C3": "ratio of step times",
     "C4": "Spearman's rho",
+    "C5": "share of the gain that is left",
 }
 MAX_WORKERS = 4
 """How many trainings run at a time at most: on CIFAR-10 each takes 0.75 GiB, and all are to fit into 4 GiB."""

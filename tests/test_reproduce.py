@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from synthetic import PROVENANCE, study_tables, write_study
 
 from drs.errors import UserError
 from drs.runs import run_folder
+from drs.sweeper import core_count, threads_each, threads_text
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("reproduce", ROOT / "scripts" / "reproduce.py")
@@ -55,6 +59,20 @@ def test_plan_knows_what_is_done_and_how_long_it_took(results: Path, tmp_path: P
     assert "19 min 34 s (train 12 min 22 s, attack 7 min 12 s) on Some | CPU, 2 cores" in text
 
 
+def test_trainings_run_side_by_side_without_a_gpu(results: Path, tmp_path: Path) -> None:
+    plan = reproduce.make_plan("smoke")
+    workers = reproduce.training_workers(plan)
+    assert workers == (1 if torch.cuda.is_available() else min(4, core_count(), 8))
+    assert reproduce.training_workers(replace(plan, jobs=plan.jobs[:1])) == 1
+    text = reproduce.plan_text(plan, tmp_path, 100, workers=2)
+    assert f"  trainings run 2 at a time, {threads_text(threads_each(2))}\n" in text
+    assert "at a time" not in reproduce.plan_text(plan, tmp_path, 100, workers=1)
+    assert reproduce.training_arguments(plan, 1) == ["experiment=smoke"]
+    assert reproduce.training_arguments(plan, 3) == [
+        "experiment=smoke", "hydra/launcher=joblib", "hydra.launcher.n_jobs=3"
+    ]  # fmt: skip
+
+
 def test_default_follows_the_machine() -> None:
     expected = ["mnist", "cifar10"] if torch.cuda.is_available() else ["laptop"]
     assert reproduce.default_experiments() == expected
@@ -93,6 +111,47 @@ def test_a_failing_step_ends_the_program_with_its_status(capfd: pytest.CaptureFi
     assert text.out.startswith("-- fetch_data.py no_such_set\n")
     assert text.err.startswith("error: ") and "no_such_set" in text.err, "the step's own output passes through"
     assert text.err.splitlines()[-1].startswith("error: fetch_data.py failed with exit status 2")
+
+
+# A step that ends half a second after it was interrupted, as one that has workers to end.
+SLOW_STEP = """
+import sys, time
+try:
+    print("started", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    print("ended by itself", flush=True)
+    sys.exit(130)
+"""
+CALLER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import reproduce
+reproduce.SCRIPTS = Path(sys.argv[2])
+try:
+    reproduce.run_step("slow.py")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_an_interrupted_step_ends_its_own_processes_first(tmp_path: Path, whole_group: bool) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_STEP)
+    caller = CALLER if whole_group else CALLER.replace("try:", "reproduce.GRACE_SECONDS = 1.0\ntry:")
+    process = subprocess.Popen(
+        [sys.executable, "-c", caller, str(ROOT / "scripts"), str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while process.stdout.readline() != "started\n":
+        assert process.poll() is None
+    # A terminal interrupts every process in it; a program that ends this one alone does not.
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.stdout.read() == "ended by itself\n"
 
 
 def test_unknown_experiment_and_broken_status_are_one_line(results: Path) -> None:

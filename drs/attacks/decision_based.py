@@ -31,7 +31,7 @@ class HopSkipJump:
             steps=steps,
             initial_gradient_eval_steps=initial_gradient_eval_steps,
             max_gradient_eval_steps=max_gradient_eval_steps,
-            constraint=norm,
+            constraint="linf" if norm == "linf" else "l2",
             tensorboard=False,
         )
 

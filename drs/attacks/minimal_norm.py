@@ -11,7 +11,7 @@ OVERSHOOT = 1e-3
 """By how much more a perturbation goes than was needed: an image just on the boundary is judged by rounding."""
 
 
-class ProjectingL2FMN(foolbox.attacks.L2FMNAttack):  # type: ignore[misc]
+class ProjectingL2FMN(foolbox.attacks.L2FMNAttack):
     """foolbox's L2 attack with the projection that the paper has.
 
     In foolbox 3.3.4 the factor of the projection is ``min(1, norm / norm)``, which is 1, so that no iterate is ever

@@ -1,0 +1,73 @@
+"""Every loss and procedure in one table: accuracy by attack, worst case, minimal norms, time, what survives."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from drs.correlation import group_models, usable_models
+from drs.masking import paired_gains, survival
+from drs.paired import BASELINE
+
+ACCURACIES = (
+    "fgsm", "pgd", "margin_pgd", "targeted_pgd", "apgd_ce", "adaptive", "apgd_t", "fab_t", "square", "transfer",
+    "noise",
+)  # fmt: skip
+NORMS = ("fmn_linf", "fmn_l2", "cw")
+
+
+def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: pd.DataFrame) -> pd.DataFrame:
+    """Summarise every setting, a loss and weight with its procedure, over its usable seeds.
+
+    Args:
+        models: models.csv.
+        accuracy: accuracy.csv.
+        worst_case: worst_case.csv.
+
+    Returns:
+        A row per group and setting: ``data, model, loss, loss_weight, n_seeds``; ``mean.<x>`` and ``sd.<x>`` over seeds
+        for x in ``clean``, every attack at the decisive epsilons (their mean), ``worst_linf``, ``worst_l2``,
+        ``norm.<attack>`` (median minimal norm, pixel units) and ``train_seconds``; ``n_images`` of the worst case;
+        against cross-entropy at the same seed, in Linf: ``n_pairs``, ``gain_pgd`` and ``gain_worst`` with ``_low`` and
+        ``_high`` (shares of samples, t intervals) and ``share`` with ``share_low`` and ``share_high`` (Fieller; NaN
+        where unbounded); ``failed_checks``, how many of the models fail each check.
+    """
+    rows: list[dict[str, Any]] = []
+    for data, model, group in group_models(usable_models(models)):
+        worst = worst_case[(worst_case["data"] == data) & (worst_case["model"] == model)]
+        cells = accuracy[accuracy["run_id"].isin(group["run_id"])]
+        decisive = worst[["norm", "epsilon"]].drop_duplicates()
+        cells = cells.merge(decisive, on=["norm", "epsilon"])
+        values = cells.groupby(["run_id", "attack"])["robust_accuracy"].mean().unstack()
+        for (loss, weight), own in group.groupby(["loss", "loss_weight"], sort=False):
+            row: dict[str, Any] = {"data": data, "model": model, "loss": loss, "loss_weight": weight}
+            row |= {"n_seeds": len(own), "n_images": worst["n"].min() if len(worst) else np.nan}
+            columns = {"clean": own["clean_accuracy"], "train_seconds": own["train_seconds"]}
+            seen = values.reindex(own["run_id"])
+            columns |= {name: seen[name] for name in (*ACCURACIES, "worst_linf", "worst_l2") if name in seen}
+            columns |= {f"norm.{name}": own[f"norm.{name}"] for name in NORMS if f"norm.{name}" in own}
+            for name, numbers in columns.items():
+                # A model that withstands an attack on most samples has no finite median norm.
+                finite = numbers.astype(float).replace(np.inf, np.nan)
+                row |= {f"mean.{name}": finite.mean(), f"sd.{name}": finite.std()}
+            if loss != BASELINE:
+                row |= _survival(worst, str(loss), float(str(weight)))
+            row["failed_checks"] = _failures(own)
+            rows.append(row)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["data", "model", "loss", "loss_weight", "n_seeds"])
+
+
+def _survival(worst: pd.DataFrame, loss: str, weight: float) -> dict[str, float]:
+    left = survival(paired_gains(worst, loss, weight))
+    row: dict[str, float] = {"n_pairs": left.pgd.n}
+    for name, gain in (("gain_pgd", left.pgd), ("gain_worst", left.worst)):
+        row |= {name: gain.difference, f"{name}_low": gain.ci_low, f"{name}_high": gain.ci_high}
+    return row | {"share": left.share, "share_low": left.ci_low, "share_high": left.ci_high}
+
+
+def _failures(own: pd.DataFrame) -> str:
+    if "failed_checks" not in own:
+        return ""
+    names = own["failed_checks"].fillna("").astype(str).str.split(";").explode()
+    counts = names[names != ""].value_counts(sort=False)
+    return "; ".join(f"{name} {number}/{len(own)}" for name, number in counts.items())

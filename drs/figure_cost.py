@@ -1,0 +1,121 @@
+"""Figures of what robustness costs and of how much of a gain is masking; see ``drs.figures`` for the conventions."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+from drs.figure_style import (
+    WIDTH,
+    groups,
+    included,
+    legend_below,
+    marked_label,
+    of_group,
+    of_setting,
+    panels,
+    setting_style,
+    settings,
+    span,
+    styled,
+    wilson_interval,
+)
+
+_HOLLOW = {"markerfacecolor": "white"}
+
+
+@styled
+def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> Figure:
+    """Draw robust accuracy against training time: a point per model, a panel per dataset and architecture.
+
+    Args:
+        models: models.csv, for ``train_seconds``.
+        worst_case: worst_case.csv; Linf, the mean over the decisive epsilons.
+
+    Returns:
+        The figure: worst-case accuracy in % with Wilson's 95 % interval over images, the PGD accuracy of the same
+        model on the same images as a hollow marker above it; time in seconds on a log axis.
+    """
+    rows = included(worst_case)
+    rows = rows[rows["norm"] == "linf"]
+    pairs = groups(rows)
+    figure, axes = panels(len(pairs), columns=2, height=2.9, extra=0.9)
+    seconds = models.set_index("run_id")["train_seconds"]
+    for axis, (data, model) in zip(axes, pairs, strict=True):
+        group = of_group(rows, data, model)
+        means = group.groupby("run_id")[["pgd", "worst", "n"]].mean()
+        for setting in settings(group):
+            style = {**setting_style(*setting), "linestyle": "none"}
+            for run_id in of_setting(group, setting)["run_id"].unique():
+                time, (pgd, worst, n) = seconds[run_id], means.loc[run_id]
+                low, high = 100 * wilson_interval([worst], [n])[:, 0]
+                axis.vlines(time, low, high, color=style["color"], linewidth=0.8, alpha=0.5)
+                axis.plot(time, 100 * pgd, **style, **_HOLLOW, alpha=0.8)
+                axis.plot(time, 100 * worst, **style, markeredgecolor="white", markeredgewidth=0.4)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.12)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.set_xlabel("training time (s, log scale)")
+        labels = ", ".join(dict.fromkeys(group["epsilon_label"].astype(str)))
+        title = f"{data}, {model}: ε {labels} (L∞)\n{len(means)} models × {span(group['n'])} images"
+        axis.set_title(title, linespacing=1.35)
+    figure.supylabel("robust accuracy (%)")
+    figure.suptitle("Worst case per sample (filled; bars: Wilson 95 % over images) and PGD alone (hollow)")
+    legend_below(figure, settings(rows), lines=False, rows=rows)
+    return figure
+
+
+@styled
+def masking_gap(comparators: pd.DataFrame) -> Figure:
+    """Draw each loss's gain over cross-entropy under PGD and under the worst case, a panel per group.
+
+    Args:
+        comparators: comparators.csv; gains are means over pairs of seeds, with 95 % t intervals where there are two
+            pairs or more.
+
+    Returns:
+        The figure: gains in percentage points at the decisive epsilons, on the same images.
+    """
+    rows = comparators[comparators["gain_pgd"].notna()]
+    pairs = groups(rows)
+    counts = [len(of_group(rows, data, model)) for data, model in pairs]
+    height = 0.26 * max(counts) + 0.9
+    figure = Figure(figsize=(WIDTH, height + 0.7), layout="constrained")
+    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for axis, (data, model) in zip(axes, pairs, strict=True):
+        group = of_group(rows, data, model)
+        shown = settings(group)
+        names = []
+        for position, setting in enumerate(shown):
+            row = of_setting(group, setting).iloc[0]
+            style = {"color": setting_style(*setting)["color"], "linestyle": "none"}
+            kinds: list[tuple[str, str, float, dict[str, Any]]] = [
+                ("gain_pgd", "s", -0.17, _HOLLOW), ("gain_worst", "o", 0.17, {})
+            ]  # fmt: skip
+            for name, marker, offset, face in kinds:
+                y = position + offset
+                axis.hlines(y, 100 * row[f"{name}_low"], 100 * row[f"{name}_high"], color=style["color"], linewidth=1)
+                axis.plot(100 * row[name], y, marker=marker, **style, **face)
+            names.append(f"{marked_label(group, setting)} (n = {int(row['n_pairs'])})")
+        axis.axvline(0, color="0.35", linewidth=0.8)
+        axis.set_yticks(range(len(shown)), names)
+        axis.set_ylim(len(shown) - 0.4, -0.6)
+        gains = 100 * group[["gain_pgd", "gain_worst"]].to_numpy(float)
+        # An interval over two pairs can be a hundred points wide; the points decide what is shown.
+        reach = max(10.0, 1.6 * float(np.nanmax(np.abs(gains))))
+        axis.set_xlim(-reach, reach)
+        axis.set_xlabel("gain over CE (percentage points)")
+        axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
+    figure.suptitle("Gain over cross-entropy at the same seed and the decisive ε: mean over n pairs, 95 % t interval (cut at the edges)")
+    handles = [
+        Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", markerfacecolor="white"),
+        Line2D([], [], color="0.3", marker="o", linestyle="none", label="worst case L∞"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return figure
