@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from drs.correlation import group_models, usable_models
 from drs.evidence import sentences
 from drs.findings import CLAIMS, Finding, Group, as_correlation, select, spearman
 from drs.paired import paired_difference_table
+from drs.selection import group_models, usable_models
 from drs.verdicts import DECISIVE_WEAK, DECISIVE_WORST, INCONCLUSIVE, RULES, STATEMENTS, Decision, least_favourable
 
 __all__ = ["COLUMNS", "RULES", "decide_claims", "paired_difference_table"]

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from drs.correlation import group_models, usable_models
 from drs.masking import paired_gains, survival
 from drs.paired import BASELINE
+from drs.selection import group_models, usable_models
 
 ACCURACIES = (
     "fgsm", "pgd", "margin_pgd", "targeted_pgd", "apgd_ce", "adaptive", "apgd_t", "fab_t", "square", "transfer",

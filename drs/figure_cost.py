@@ -112,7 +112,9 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
         axis.set_xlim(-reach, reach)
         axis.set_xlabel("gain over CE (percentage points)")
         axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
-    figure.suptitle("Gain over cross-entropy at the same seed and the decisive ε: mean over n pairs, 95 % t interval (cut at the edges)")
+    figure.suptitle(
+        "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % t interval (cut at the edges)"
+    )
     handles = [
         Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", markerfacecolor="white"),
         Line2D([], [], color="0.3", marker="o", linestyle="none", label="worst case L∞"),

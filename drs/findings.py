@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from drs import evidence
-from drs.correlation import Correlation, correlate, correlate_settings, usable_models
+from drs.correlation import Correlation, correlate, correlate_settings
 from drs.masking import MASKING_CHECKS, failing_share, masked_checks, paired_gains, survival
 from drs.paired import BASELINE
+from drs.selection import usable_models
 from drs.verdicts import (
     DECISIVE_WEAK,
     DECISIVE_WORST,

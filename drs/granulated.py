@@ -40,9 +40,9 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from drs.coefficients import Array, permutation_p
-from drs.correlation import group_models
 from drs.paired import BASELINE
 from drs.partial import finite_values, mean_accuracies, standard_models
+from drs.selection import group_models
 
 AXES = ("weight", "seed")
 GRANULATED = "granulated"

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from drs.correlation import usable_models
 from drs.paired import BASELINE, mean_interval
+from drs.selection import usable_models
 
 MASKING_CHECKS = (
     "objective_gap", "logit_shift_and_scale", "zero_gradient", "square_not_stronger", "transfer_not_stronger",

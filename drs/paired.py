@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from drs.correlation import accuracy_columns, group_models, usable_models
+from drs.selection import accuracy_columns, group_models, usable_models
 
 BASELINE = "ce"
 COLUMNS = [

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from drs.coefficients import Array, bca_interval, coefficients, draw_counts, draw_permutations, permutation_p
-from drs.correlation import accuracy_columns, benjamini_hochberg, group_models, standard_models
+from drs.correlation import benjamini_hochberg
+from drs.selection import accuracy_columns, group_models, standard_models
 
 CONTROLS = {"clean_accuracy": "clean_accuracy", "margin": "stat.margin", "logit_norm": "stat.logit_norm"}
 CONTROL_SETS: tuple[tuple[str, ...], ...] = (tuple(CONTROLS), *((name,) for name in CONTROLS))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from drs.errors import UserError
+from drs.figure_style import of_setting, setting_label, settings
 from drs.files import atomic_write
-from drs.markdown import escape, group_name, percent, table
+from drs.markdown import NONE, escape, fixed, group_name, percent, table
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
@@ -65,11 +66,37 @@ def accuracy_block(study_dir: Path) -> str:
     return table(["", "loss", "models", *wanted], rows, align="llr")
 
 
+def survival_block(study_dir: Path) -> str:
+    """Return, per group, every loss under PGD and under the worst case on the same images, and its training time."""
+    tables = read_tables(study_dir)
+    summary, worst = tables["comparators"], tables["worst_case"]
+    rows = []
+    for (data, model), group in summary.groupby(["data", "model"], sort=False):
+        mine = worst[(worst["data"] == data) & (worst["model"] == model) & (worst["norm"] == "linf")]
+        bounds = ", ".join(dict.fromkeys(mine["epsilon_label"].astype(str)))
+        for setting in settings(group):
+            row = of_setting(group, setting).iloc[0]
+            own = of_setting(mine, setting)
+            means = [float(own[name].mean()) for name in ("clean", "pgd", "worst")]
+            gains = [
+                NONE if pd.isna(row.get(name)) else percent(float(row[name]), sign=True)
+                for name in ("gain_pgd", "gain_worst")
+            ]
+            rows.append(
+                [f"{group_name(data, model)}, ε {bounds}", setting_label(*setting), str(int(row["n_seeds"]))]
+                + [f"{percent(value)} %" for value in means]
+                + gains
+                + [fixed(float(row["mean.train_seconds"]), 0)]
+            )
+    headers = ["", "loss", "models", "clean", "PGD", "worst case", "gain, PGD", "gain, worst case", "training (s)"]
+    return table(headers, rows, align="llr")
+
+
 def _mean(models: pd.DataFrame, column: str) -> str:
     return percent(float(models[column].mean())) + " %" if column in models and len(models) else "–"
 
 
-BLOCKS = {"claims": claims_block, "hardware": hardware_block, "accuracy": accuracy_block}
+BLOCKS = {"claims": claims_block, "hardware": hardware_block, "accuracy": accuracy_block, "survival": survival_block}
 
 
 def fill(text: str, study_dir: Path) -> str:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from drs.config import TrainConfig, check_study, project_path, run_id, train_config
+from drs.config import TrainConfig, project_path, run_id, train_config
+from drs.config_checks import check_study
 from drs.errors import UserError
 from drs.files import atomic_write
 from drs.models import build_model

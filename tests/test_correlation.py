@@ -16,7 +16,8 @@ from drs.coefficients import (
     permutation_p,
     permuted_coefficients,
 )
-from drs.correlation import benjamini_hochberg, correlate, correlate_settings, correlation_table, usable_models
+from drs.correlation import benjamini_hochberg, correlate, correlate_settings, correlation_table
+from drs.selection import usable_models
 
 SCIPY: dict[str, Callable[..., tuple[float, float]]] = {
     "spearman": stats.spearmanr,

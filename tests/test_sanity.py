@@ -1,0 +1,209 @@
+"""Sanity checks and worst cases from arrays made by hand, and the cascade that attacks only what still stands."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose_train
+from hydra import compose, initialize_config_dir
+
+from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
+from drs.cells import Cell, find_twin, plan_cells, standing_at
+from drs.config import PROJECT_ROOT, evaluate_config
+from drs.evaluation import fill_cell
+from drs.model_rows import read_model, worst_case
+from drs.runs import RunFolder, load_arrays_file, run_folder
+from drs.sanity import failed_checks, sanity_rows
+from drs.sanity_checks import CHECKS
+from drs.suite_config import UNBOUNDED, Epsilon, SuiteConfig
+from drs.sweeper import register_plugins
+from drs.training import train
+
+N = 100
+EPSILON = Epsilon(0.1, "0.1")
+
+
+def suite(*overrides: str) -> SuiteConfig:
+    register_plugins()
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return evaluate_config(compose("evaluate", ["suite=strong", *overrides])).suite
+
+
+def arrays(standing: np.ndarray, **more: np.ndarray) -> dict[str, np.ndarray]:
+    """Two classes, label 0, distance 0.05 where an attack has moved a sample."""
+    logits = np.where(standing[:, None], [[1.0, 0.0]], [[0.0, 1.0]])
+    distance = np.where(standing, 0.0, 0.05)
+    return {"logits": logits, "labels": np.zeros(len(standing), int), "distance": distance, **more}
+
+
+PROBES = ["clean", "epsilon_0", "ce", "ce_last", "margin", "targeted", "more_steps", "more_restarts", "scaled_0.1",
+          "scaled_10", "normalised", "shifted", "large", "unbounded"]  # fmt: skip
+
+
+def judged(
+    probes: dict[str, int] | None = None, gradients: float = 1.0, **attacks: np.ndarray
+) -> dict[str, dict[str, object]]:
+    """Judge a made-up model: a probe leaves as many of the first samples standing as it says."""
+    counts = {"clean": N, "epsilon_0": N, "large": 5, "unbounded": 0} | (probes or {})
+    standing = np.stack([np.arange(N) < counts.get(name, 40) for name in PROBES])
+    run, config = RunFolder(Path("run")), compose_train("data=digits", "model=mlp")
+
+    def cell(name: str, settings: object, epsilon: Epsilon = EPSILON, after: tuple[Cell, ...] = ()) -> Cell:
+        return Cell(run, config, name, settings, epsilon, N, 10, Path(name + epsilon.label), after=after)  # type: ignore[arg-type]
+
+    clean = cell("clean", None, UNBOUNDED)
+    planned, found = [clean], {clean.path: arrays(np.ones(N, bool))}
+    base = {"pgd": np.arange(N) < 40, "fgsm": np.arange(N) < 60} | attacks
+    kinds = {"noise": NoiseConfig("noise", "linf"), "square": SquareConfig("square", "linf")}
+    for name, own in base.items():
+        after = (planned[1],) if name == "square" else ()
+        planned.append(cell(name, kinds.get(name, PGDConfig("pgd", "linf")), after=after))
+        attacked = found[planned[1].path]["logits"][:, 0] > 0.5 if name == "square" else np.ones(N, bool)
+        found[planned[-1].path] = arrays(own, attacked=attacked)
+    planned.append(cell("sanity", SanityConfig()))
+    found[planned[-1].path] = {
+        "standing": standing, "gradient_norm": np.where(np.arange(N) < 50, gradients, 1.0),
+        "about": np.array(json.dumps({"probes": PROBES})),
+    }  # fmt: skip
+    return {row["check"]: row for row in sanity_rows(planned, found)}
+
+
+def test_an_honest_model_passes_everything_that_was_run() -> None:
+    rows = judged(noise=np.arange(N) < 95)
+    assert {name for name, row in rows.items() if row["passed"] == "fail"} == set()
+    assert {name for name, row in rows.items() if row["passed"] == "not run"} == {
+        "square_not_stronger", "transfer_not_stronger",
+    }  # fmt: skip
+    assert list(rows) == list(CHECKS)
+    assert failed_checks(list(rows.values())) == ""
+
+
+@pytest.mark.parametrize(
+    ("check", "probes", "figure"),
+    [
+        ("eps0_equals_clean", {"epsilon_0": 98}, 0.02),
+        ("unbounded_succeeds", {"unbounded": 3}, 0.03),
+        ("more_steps", {"more_steps": 36}, 0.04),
+        ("more_restarts", {"more_restarts": 36}, 0.04),
+        ("objective_gap", {"targeted": 35}, 0.05),
+        ("objective_gap", {"margin": 36, "more_steps": 36, "more_restarts": 36}, 0.04),
+        ("logit_shift_and_scale", {"scaled_10": 30}, 0.10),
+        ("logit_shift_and_scale", {"normalised": 30}, 0.10),
+        ("logit_shift_and_scale", {"shifted": 30}, 0.10),
+        ("best_iterate", {"ce_last": 44}, 0.04),
+        ("falls_with_epsilon", {"large": 60}, 0.10),
+    ],
+)
+def test_a_probe_that_disagrees_fails_its_check_alone(check: str, probes: dict[str, int], figure: float) -> None:
+    rows = judged(probes)
+    assert rows[check]["passed"] == "fail"
+    assert rows[check]["figure"] == pytest.approx(figure)
+    assert {name for name, row in rows.items() if row["passed"] == "fail"} == {check}
+
+
+def test_a_better_first_attack_is_no_failure_and_one_sample_never_is() -> None:
+    """Only falls count against a model: a margin attack that is weaker than cross-entropy shows no mask."""
+    assert judged({"targeted": 60, "scaled_0.1": 70})["objective_gap"]["passed"] == "pass"
+    assert judged({"more_steps": 39})["more_steps"]["passed"] == "pass"
+    assert judged({"more_steps": 38})["more_steps"]["passed"] == "fail"
+    assert judged({"epsilon_0": 99})["eps0_equals_clean"]["passed"] == "fail", "predictions must not move at all"
+
+
+def test_attacks_are_compared_sample_by_sample() -> None:
+    other = np.arange(N) >= 60  # as many stand as under PGD, but others
+    rows = judged(fgsm=other, noise=other, transfer=other)
+    for check in ("pgd_beats_fgsm", "noise_weaker"):
+        assert rows[check]["passed"] == "fail"
+        assert rows[check]["figure"] == pytest.approx(0.4)
+    assert rows["transfer_not_stronger"]["passed"] == "pass", "what FGSM breaks is broken by a gradient attack"
+    assert judged(transfer=other)["transfer_not_stronger"]["figure"] == pytest.approx(0.4)
+    square = judged(square=np.arange(N) < 30)
+    assert square["square_not_stronger"]["passed"] == "fail"
+    assert square["square_not_stronger"]["figure"] == pytest.approx(0.1)
+
+
+def test_gradients_of_exactly_zero_are_counted() -> None:
+    assert judged(gradients=0.0)["zero_gradient"]["figure"] == pytest.approx(0.5)
+    assert judged(gradients=1e-30)["zero_gradient"]["passed"] == "pass"
+
+
+def test_worst_case_is_per_sample_and_a_subset_only_adds() -> None:
+    lists = [np.array([True, True, False, True]), np.array([False, True])]
+    assert worst_case(lists, 4).tolist() == [False, True, False, True]
+    assert worst_case(lists, 2).tolist() == [False, True]
+
+
+def test_a_sample_stands_at_an_epsilon_below_its_distance() -> None:
+    found = arrays(np.array([True, False, False]))
+    found["distance"] = np.array([0.0, 0.2, 0.0])
+    assert standing_at(found, 0.1).tolist() == [True, True, False]
+    assert standing_at(found, 0.3).tolist() == [True, False, False]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
+    """Two seeds of cross-entropy and one of DR-softmax, briefly trained."""
+    results = tmp_path_factory.mktemp("results")
+    common = ["data=digits", "model=mlp", "epochs=5", "batch_size=64", "study=s", f"results_dir={results}"]
+    configs = [
+        compose_train(*common, f"loss={loss}", f"seed={seed}", "progress=false")
+        for loss, seed in (("ce", 0), ("ce", 1), ("dr_softmax", 0))
+    ]
+    for config in configs:
+        train(config)
+    return [run_folder(config) for config in configs]
+
+
+def test_a_twin_is_the_cross_entropy_run_of_the_same_seed(runs: list[RunFolder]) -> None:
+    first, second, own = runs
+    assert find_twin(own, own.config(), runs) == first
+    assert find_twin(first, first.config(), runs) == second
+    assert find_twin(second, second.config(), runs) == first
+    assert find_twin(own, own.config(), [own, second]) is None
+
+
+def test_cells_know_their_objectives_their_source_and_what_comes_before(runs: list[RunFolder]) -> None:
+    own = runs[2]
+    cells = plan_cells(own, suite(), runs)
+    by_name = {(cell.attack, cell.epsilon.label): cell for cell in cells}
+    assert by_name["adaptive", "0.1"].objectives == ("targeted_margin", "scaled_ce")
+    assert plan_cells(runs[0], suite(), runs)[0].objectives == ()
+    assert by_name["transfer", "0.1"].source == runs[0]
+    before = {cell.attack for cell in by_name["square", "0.1"].after}
+    assert {"fgsm", "pgd", "margin_pgd", "targeted_pgd", "apgd_ce", "adaptive", "apgd_t", "fab_t", "fmn_linf"} == before
+    assert not any(cell.attack == "transfer" for cell in plan_cells(own, suite(), [own]))
+    changed = plan_cells(own, suite("suite.attacks.margin_pgd.steps=3"), runs)
+    moved = {cell.attack for cell, other in zip(cells, changed, strict=True) if cell.path != other.path}
+    assert moved == {"margin_pgd", "adaptive", "apgd_t", "fab_t", "square"}, "what comes after a changed attack is new"
+
+
+def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFolder]) -> None:
+    short = suite(
+        "suite.n_samples.digits=40", "suite.n_decisive.digits=40", "~suite.attacks.cw",
+        "~suite.attacks.cw_torchattacks",
+        "~suite.attacks.fmn_linf", "~suite.attacks.fmn_l2", "~suite.attacks.hop_skip_jump", "~suite.attacks.fab_t",
+        "suite.attacks.square.n_queries=50", "suite.sanity.n_samples=20", "suite.sanity.steps=5",
+        "suite.decisive_epsilons.digits.linf=[0.1]",
+    )  # fmt: skip
+    own = runs[2]
+    model = own.load_model(torch.device("cpu"))
+    cells = plan_cells(own, short, runs)
+    for cell in cells:
+        fill_cell(cell, model, torch.device("cpu"))
+    found = {cell.path: load_arrays_file(cell.path) for cell in cells}
+    for cell in (cell for cell in cells if cell.after):
+        earlier = np.logical_and.reduce([standing_at(found[before.path], 0.1)[:40] for before in cell.after])
+        assert np.array_equal(found[cell.path]["attacked"], earlier)
+        after = standing_at(found[cell.path], 0.1)
+        assert not (after & ~earlier).any(), "nothing that has fallen stands up again"
+    reading = read_model({"run_id": own.run_id}, cells, found, short)
+    bounded = [cell for cell in cells if cell.is_attack and cell.epsilon.value == 0.1]
+    least = np.logical_and.reduce([standing_at(found[cell.path], 0.1) for cell in bounded])
+    (row,) = reading.worst
+    assert row["worst"] == pytest.approx(least.mean())
+    assert row["n"] == 40
+    cumulative = {item["attack"] for item in reading.accuracy if item["cumulative"]}
+    assert cumulative == {"adaptive", "apgd_t", "square"}
+    assert isinstance(bounded[2].config, ProjectedConfig)
