@@ -13,7 +13,7 @@ import torch
 
 from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, project_path
 from drs.data_sources import DATASETS, array_digest, read_cache
-from drs.suite_config import suite_epsilons, suite_samples
+from drs.suite_config import decisive_epsilons, decisive_samples, suite_epsilons, suite_samples
 
 PACKAGES = ("torch", "torchvision", "torchattacks", "foolbox", "numpy", "scipy", "pandas", "hydra-core")
 
@@ -45,7 +45,13 @@ def describe_study(
             name: {norm: [epsilon.label for epsilon in suite_epsilons(suite, name, norm)] for norm in norms}
             for name in names
         },
+        "decisive_epsilons": {
+            name: {norm: [epsilon.label for epsilon in decisive_epsilons(suite, name, norm)] for norm in norms}
+            for name in names
+        },
         "n_attacked": {name: suite_samples(suite, name) for name in names},
+        "n_decisive": {name: decisive_samples(suite, name) for name in names},
+        "sanity": asdict(suite.sanity) if suite.sanity is not None else None,
     }
 
 

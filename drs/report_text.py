@@ -152,7 +152,15 @@ def limits_section(tables: Tables, strong_suite: bool) -> str:
         "- Correlations are over models that differ mostly in one weight: they show that two things move together "
         "along it, not that one makes the other."
     )
-    if not strong_suite:
+    if strong_suite:
+        counts = included(tables["accuracy"]).groupby("attack")["n"].min()
+        small = [f"{attack_label(name)} {n}" for name, n in counts.items() if n < counts.get("worst_linf", 0)]
+        if small:
+            lines.append(
+                f"- Some attacks of the strong suite saw only the first images ({', '.join(sorted(small))}); beyond "
+                "them the worst case is that of the others, so it can only be too high."
+            )
+    else:
         lines.append(
             "- Only the attacks of the `paper` suite were run. They cannot show robustness: a loss that flattens "
             "gradients passes them too. No verdict about robustness here can be better than “supported against weak "
@@ -189,8 +197,14 @@ def scoring_section(provenance: dict[str, Any]) -> str:
         parts.append(table(["attack", "parameters"], rows, align="l"))
     if epsilons := provenance.get("epsilons"):
         parts.append(table(["data", "epsilons (pixel range 0 to 1)"], _rows(epsilons), align="l"))
+    if decisive := provenance.get("decisive_epsilons"):
+        parts.append(table(["data", "decisive epsilons"], _rows(decisive), align="l"))
     if n_attacked := provenance.get("n_attacked"):
         parts.append(f"Attacked samples: {escape(_value(n_attacked))}.")
+    if n_decisive := provenance.get("n_decisive"):
+        parts.append(f"Samples of the attacks at the decisive epsilons: {escape(_value(n_decisive))}.")
+    if sanity := provenance.get("sanity"):
+        parts.append(f"Sanity checks: {escape(_value(sanity))}.")
     return "\n\n".join(parts)
 
 

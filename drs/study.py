@@ -19,7 +19,7 @@ from drs.paired import paired_difference_table
 from drs.partial import partial_correlation_table
 from drs.provenance import describe_study
 from drs.runs import iterate_runs, write_json
-from drs.tables import attack_seconds, build_tables, write_tables
+from drs.tables import attack_times, build_tables, busy_seconds, training_times, write_tables
 from drs.timing import COLUMNS as TIMING_COLUMNS
 from drs.timing import update_timing
 
@@ -87,8 +87,8 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
         sanity=tables["sanity"],
     )
     write_tables(study, tables)
-    train_seconds = float(models["train_seconds"].sum())
+    train_seconds = busy_seconds(training_times(study))
     write_json(
         study / "provenance.json",
-        describe_study(config, trained, train_seconds, attack_seconds(evaluation.cells), device),
+        describe_study(config, trained, train_seconds, busy_seconds(attack_times(evaluation.cells)), device),
     )

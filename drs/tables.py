@@ -166,11 +166,27 @@ def _failures(study: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def attack_seconds(cells: list[Cell]) -> float:
-    """Return the seconds that the attacks of a study took, as recorded in its cells."""
-    total = 0.0
+def training_times(study: Path) -> list[tuple[float, float]]:
+    """Return when each finished run of a study began and ended, in seconds since the epoch."""
+    statuses = [run.status() for run in iterate_runs(study)]
+    return [(status["started"], status["finished"]) for status in statuses if status.get("state") == "done"]
+
+
+def attack_times(cells: list[Cell]) -> list[tuple[float, float]]:
+    """Return when each cell began and ended, from the seconds it recorded and the time of its file."""
+    times = []
     for cell in cells:
-        total += json.loads(str(load_arrays_file(cell.path)["about"]))["seconds"]
+        ended = cell.path.stat().st_mtime
+        times.append((ended - json.loads(str(load_arrays_file(cell.path)["about"]))["seconds"], ended))
+    return times
+
+
+def busy_seconds(times: list[tuple[float, float]]) -> float:
+    """Return how long at least one of some intervals ran: side by side they count once, and pauses not at all."""
+    total, until = 0.0, -math.inf
+    for began, ended in sorted(times):
+        total += max(0.0, ended - max(began, until))
+        until = max(until, ended)
     return total
 
 

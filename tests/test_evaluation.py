@@ -15,11 +15,12 @@ import torch
 from drs.config import PROJECT_ROOT
 from drs.landing import landing_row
 from drs.runs import finished_runs, iterate_runs, load_arrays_file, save_arrays
+from drs.tables import busy_seconds
 from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
 
 TABLES = [
-    "accuracy", "claims", "correlations", "failures", "granulated", "landing", "landing_matrices", "models",
-    "paired_differences", "partial_correlations", "sample_correlations", "sanity", "softmax_profile", "timing",
+    "accuracy", "claims", "comparators", "correlations", "failures", "granulated", "landing", "landing_matrices",
+    "models", "paired_differences", "partial_correlations", "sample_correlations", "sanity", "softmax_profile", "timing",
     "training", "worst_case",
 ]  # fmt: skip
 
@@ -47,7 +48,7 @@ def test_study_has_every_table_figure_and_a_report(study: Path) -> None:
     for kind in [*kinds.split(), "where_attacks_land"]:
         assert any(name.startswith(kind) for name in pictures), kind
     report = (study / "REPORT.md").read_text()
-    for claim in ("C1", "C2", "C3", "C4"):
+    for claim in ("C1", "C2", "C3", "C4", "C5"):
         assert claim in report
     assert not list(study.rglob("*.tmp"))
 
@@ -72,7 +73,7 @@ def test_models_table_has_the_promised_columns_and_one_row_per_training(study: P
 
 def test_claims_have_a_verdict_of_the_four(study: Path) -> None:
     claims = read(study, "claims")
-    assert claims["claim"].drop_duplicates().tolist() == ["C1", "C2", "C3", "C4"]
+    assert claims["claim"].drop_duplicates().tolist() == ["C1", "C2", "C3", "C4", "C5"]
     assert set(claims["verdict"]) <= {SUPPORTED, WEAK_ONLY, NOT_SUPPORTED, INCONCLUSIVE}
     assert claims["evidence"].str.len().min() > 10
 
@@ -193,3 +194,9 @@ def test_object_arrays_are_neither_written_nor_read(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Python objects"):
         save_arrays(tmp_path / "a.npz", bad=np.array([{}]))
     assert not list(tmp_path.iterdir())
+
+
+def test_busy_time_counts_what_ran_side_by_side_once_and_pauses_never() -> None:
+    assert busy_seconds([]) == 0
+    assert busy_seconds([(0, 10), (5, 12), (6, 7), (20, 21)]) == 13
+    assert busy_seconds([(20, 21), (0, 10)]) == 11
