@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from drs.attack_config import AttackConfig
 from drs.attacks import is_bounded
@@ -136,6 +137,7 @@ def _model_row(
 def _accuracy_row(
     attack: str, norm: str, epsilon: Epsilon, robust: np.ndarray, *, cumulative: bool = False
 ) -> dict[str, Any]:
+    interval = binomtest(int(robust.sum()), len(robust)).proportion_ci(method="wilson")
     return {
         "attack": attack,
         "norm": norm,
@@ -143,5 +145,7 @@ def _accuracy_row(
         "epsilon_label": epsilon.label,
         "n": len(robust),
         "robust_accuracy": float(robust.mean()),
+        "ci_low": float(interval.low),  # over images, Wilson 1927
+        "ci_high": float(interval.high),
         "cumulative": cumulative,
     }

@@ -20,8 +20,8 @@ from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
 
 TABLES = [
     "accuracy", "claims", "comparators", "correlations", "failures", "granulated", "landing", "landing_matrices",
-    "models", "paired_differences", "partial_correlations", "sample_correlations", "sanity", "softmax_profile", "timing",
-    "training", "worst_case",
+    "models", "paired_differences", "partial_correlations", "sample_correlations", "sanity", "softmax_profile",
+    "timing", "training", "worst_case",
 ]  # fmt: skip
 
 
