@@ -1,0 +1,95 @@
+"""Evaluation in several processes: the same arrays as in one, and a mistake in a worker is the user's one line."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import compose_train
+from hydra import compose, initialize_config_dir
+
+from drs.config import PROJECT_ROOT, EvaluateConfig, evaluate_config
+from drs.errors import UserError
+from drs.evaluation import available_cores, count_workers, evaluate_study
+from drs.runs import load_arrays_file
+from drs.sweeper import register_plugins
+from drs.training import train
+
+
+def configuration(results: Path, *overrides: str) -> EvaluateConfig:
+    register_plugins()
+    given = ["study=s", f"results_dir={results}", "suite.n_samples.digits=50", "~suite.attacks.cw", "progress=false"]
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return evaluate_config(compose("evaluate", [*given, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three brief trainings."""
+    folder = tmp_path_factory.mktemp("results")
+    for seed in range(3):
+        common = ["data=digits", "model=mlp", "loss=ce", "epochs=3", "batch_size=64", "study=s", "progress=false"]
+        train(compose_train(*common, f"seed={seed}", f"results_dir={folder}"))
+    return folder
+
+
+def test_several_processes_find_what_one_finds(results: Path, tmp_path: Path) -> None:
+    arrays = {}
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        shutil.copytree(results, folder)
+        evaluation = evaluate_study(configuration(folder, f"workers={workers}"))
+        assert evaluation.computed == len(evaluation.cells) == 3 * 10
+        arrays[workers] = {cell.path.relative_to(folder): load_arrays_file(cell.path) for cell in evaluation.cells}
+        assert evaluate_study(configuration(folder, f"workers={workers}")).computed == 0
+    assert arrays[1].keys() == arrays[2].keys()
+    for path, found in arrays[1].items():
+        # The number of threads decides the order of sums, and with it the last bits.
+        assert np.allclose(found["logits"], arrays[2][path]["logits"], atol=1e-3), path
+
+
+def test_a_mistake_in_a_worker_is_told_in_one_line_and_leaves_no_half_cell(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(results, folder)
+    damaged = sorted((folder / "s" / "runs").iterdir())[1] / "checkpoint.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match="checkpoint.safetensors: not a whole safetensors file"):
+        evaluate_study(configuration(folder, "workers=2"))
+    for path in folder.rglob("*.npz"):
+        load_arrays_file(path)
+
+
+def test_workers_are_as_many_as_asked_but_no_more_than_runs(results: Path) -> None:
+    import torch
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    config = configuration(results)
+    assert count_workers(config, cpu, 100) == min(4, available_cores())
+    assert count_workers(config, gpu, 100) == 1, "models share a GPU one after the other"
+    assert count_workers(config, cpu, 1) == 1
+    assert count_workers(configuration(results, "workers=7"), cpu, 3) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
+def test_freed_memory_is_used_again() -> None:
+    """Without the setting each of the tensors costs its page faults anew."""
+    code = (
+        "import resource, sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "if sys.argv[1] == 'keep':\n"
+        f"    sys.path.insert(0, {str(PROJECT_ROOT)!r})\n"
+        "    from drs.allocator import keep_freed_memory\n"
+        "    keep_freed_memory()\n"
+        "torch.ones(2_000_000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20):\n"
+        "    torch.ones(2_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {
+        name: int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
+        for name in ("keep", "default")
+    }
+    assert faults["default"] > 10 * max(faults["keep"], 100)
