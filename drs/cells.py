@@ -5,7 +5,7 @@ changed setting makes a new cell and an unchanged one is kept.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from drs.attack_config import AttackConfig, ProjectedConfig, SanityConfig, TransferConfig
 from drs.attacks import is_bounded
 from drs.attacks.contract import SLACK
-from drs.config import TrainConfig, fingerprint, identity
+from drs.config import TrainConfig, fingerprint, identity, loss_label
 from drs.losses import LOSSES
 from drs.runs import RunFolder
 from drs.suite_config import (
@@ -82,26 +82,26 @@ def standing_at(arrays: dict[str, np.ndarray], epsilon: float) -> np.ndarray:
     return standing
 
 
-def plan_cells(run: RunFolder, suite: SuiteConfig, runs: Sequence[RunFolder] = ()) -> list[Cell]:
+def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, TrainConfig]) -> list[Cell]:
     """Return the cells of one run: clean, then each attack at each of its epsilons, then the sanity checks.
 
     Args:
         run: A finished run.
         suite: The attacks.
-        runs: All finished runs of the study, among which a transfer attack looks for its source. A run without a
-            source has no such cell.
+        configs: All finished runs of the study with their configs, this one included. Among them a transfer attack
+            looks for its source; a run without a source has no such cell.
 
     Raises:
         UserError: If the suite has no epsilons for the run's data.
     """
-    train = run.config()
+    train = configs[run]
     data = train.data.name
     # A network is a function of its weights alone here, so the run's id stands for it.
     cells = [_cell(run, train, CLEAN, None, UNBOUNDED, suite.n_clean, LOGIT_BATCH)]
     for name, attack in suite.attacks.items():
         source = None
         if isinstance(attack, TransferConfig):
-            source = find_twin(run, train, runs)
+            source = find_twin(run, configs)
             if source is None:
                 continue
         wanted = decisive_samples(suite, data) if attack.decisive else suite_samples(suite, data)
@@ -125,18 +125,17 @@ def _precedes(cell: Cell, attack: AttackConfig, epsilon: Epsilon) -> bool:
     )
 
 
-def find_twin(run: RunFolder, train: TrainConfig, runs: Sequence[RunFolder]) -> RunFolder | None:
+def find_twin(run: RunFolder, configs: Mapping[RunFolder, TrainConfig]) -> RunFolder | None:
     """Return the cross-entropy run with the same data, architecture and seed; for such a run, one of another seed."""
-    known = [(other, other.config()) for other in runs if other.run_id != run.run_id]
+    train = configs[run]
     twins = {
         config.seed: other
-        for other, config in known
-        if config.loss.name == "ce"
-        and "procedure" not in identity(config)
+        for other, config in configs.items()
+        if other.run_id != run.run_id
+        and loss_label(config) == "ce"
         and (config.data.name, config.model) == (train.data.name, train.model)
     }
-    is_baseline = train.loss.name == "ce" and "procedure" not in identity(train)
-    if not is_baseline:
+    if loss_label(train) != "ce":
         return twins.get(train.seed)
     # A cross-entropy run has no twin of its own seed; the next seed in turn stands in.
     later = sorted(twins, key=lambda seed: (seed <= train.seed, seed))

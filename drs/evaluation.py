@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from drs.config import DataConfig, EvaluateConfig, project_path
 from drs.data import LabelledImages, load_test_split
 from drs.device import choose_device
 from drs.errors import UserError
+from drs.processes import end_with_parent
 from drs.runs import RunFolder, finished_runs, load_arrays_file, save_arrays, study_folder
 
 MAX_WORKERS = 4
@@ -159,7 +161,8 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     study = study_folder(config.results_dir, config.study)
     runs = finished_runs(study)
     device = choose_device(config.device)
-    cells = {run.run_id: plan_cells(run, config.suite, runs) for run in runs}
+    configs = {run: run.config() for run in runs}
+    cells = {run.run_id: plan_cells(run, config.suite, configs) for run in runs}
     missing = {name: [cell for cell in planned if not cell.path.exists()] for name, planned in cells.items()}
     total = sum(len(planned) for planned in missing.values())
     todo = [(run, missing[run.run_id]) for run in runs if missing[run.run_id]]
@@ -240,7 +243,8 @@ def _evaluate_in_processes(
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Yield worker processes; after an error or an interrupt they are stopped at once, and no cell is half written."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
     try:
         yield pool
     except BaseException:
@@ -249,6 +253,11 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def _start_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
+    end_with_parent(parent)
 
 
 class _Lines:

@@ -78,9 +78,8 @@ def judge(study: Path, chosen: list[str], plant: Callable[[nn.Module], nn.Module
     runs = [run_folder(compose_train(*common, "loss=ce", f"seed={seed}")) for seed in (0, 1)]
     run = run_folder(compose_train(*common, *chosen))
     place = RunFolder(tmp_path / run.run_id)
-    place.write_config(run.config())
     suite = strong_suite()
-    cells = plan_cells(place, suite, runs)
+    cells = plan_cells(place, suite, {place: run.config()} | {twin: twin.config() for twin in runs})
     model = plant(run.load_model(torch.device("cpu"))).eval()
     for cell in cells:
         fill_cell(cell, model, torch.device("cpu"))

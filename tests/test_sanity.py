@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
 from drs.cells import Cell, find_twin, plan_cells, standing_at
-from drs.config import PROJECT_ROOT, evaluate_config
+from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config
 from drs.evaluation import fill_cell
 from drs.model_rows import read_model, worst_case
 from drs.runs import RunFolder, load_arrays_file, run_folder
@@ -156,25 +156,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
     return [run_folder(config) for config in configs]
 
 
+def configs(runs: list[RunFolder]) -> dict[RunFolder, TrainConfig]:
+    return {run: run.config() for run in runs}
+
+
 def test_a_twin_is_the_cross_entropy_run_of_the_same_seed(runs: list[RunFolder]) -> None:
     first, second, own = runs
-    assert find_twin(own, own.config(), runs) == first
-    assert find_twin(first, first.config(), runs) == second
-    assert find_twin(second, second.config(), runs) == first
-    assert find_twin(own, own.config(), [own, second]) is None
+    known = configs(runs)
+    assert find_twin(own, known) == first
+    assert find_twin(first, known) == second
+    assert find_twin(second, known) == first
+    assert find_twin(own, configs([own, second])) is None
 
 
 def test_cells_know_their_objectives_their_source_and_what_comes_before(runs: list[RunFolder]) -> None:
     own = runs[2]
-    cells = plan_cells(own, suite(), runs)
+    cells = plan_cells(own, suite(), configs(runs))
     by_name = {(cell.attack, cell.epsilon.label): cell for cell in cells}
     assert by_name["adaptive", "0.1"].objectives == ("targeted_margin", "scaled_ce")
-    assert plan_cells(runs[0], suite(), runs)[0].objectives == ()
+    assert plan_cells(runs[0], suite(), configs(runs))[0].objectives == ()
     assert by_name["transfer", "0.1"].source == runs[0]
     before = {cell.attack for cell in by_name["square", "0.1"].after}
     assert {"fgsm", "pgd", "margin_pgd", "targeted_pgd", "apgd_ce", "adaptive", "apgd_t", "fab_t", "fmn_linf"} == before
-    assert not any(cell.attack == "transfer" for cell in plan_cells(own, suite(), [own]))
-    changed = plan_cells(own, suite("suite.attacks.margin_pgd.steps=3"), runs)
+    assert not any(cell.attack == "transfer" for cell in plan_cells(own, suite(), configs([own])))
+    changed = plan_cells(own, suite("suite.attacks.margin_pgd.steps=3"), configs(runs))
     moved = {cell.attack for cell, other in zip(cells, changed, strict=True) if cell.path != other.path}
     assert moved == {"margin_pgd", "adaptive", "apgd_t", "fab_t", "square"}, "what comes after a changed attack is new"
 
@@ -189,7 +194,7 @@ def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFol
     )  # fmt: skip
     own = runs[2]
     model = own.load_model(torch.device("cpu"))
-    cells = plan_cells(own, short, runs)
+    cells = plan_cells(own, short, configs(runs))
     for cell in cells:
         fill_cell(cell, model, torch.device("cpu"))
     found = {cell.path: load_arrays_file(cell.path) for cell in cells}

@@ -28,9 +28,8 @@ from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from tqdm import tqdm
 
 from drs.errors import UserError
+from drs.processes import end_with_parent
 from drs.sweeper import job_error, register_plugins, threads_each, threads_text, worker_count
-
-PARENT_CHECK_SECONDS = 0.5
 
 
 @dataclass
@@ -162,13 +161,7 @@ def _start_worker(parent: int) -> None:
     register_plugins()
     # tqdm shares its lock with other processes by default; the system keeps such a one when a worker is killed.
     tqdm.set_lock(threading.RLock())
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECK_SECONDS)
-    os._exit(1)
+    end_with_parent(parent)
 
 
 def _run_job(execute_job: Callable[..., JobReturn], *arguments: Any) -> Finished:
