@@ -11,6 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from drs.figure_style import (
     WIDTH,
     groups,
+    has_failed,
     included,
     legend_below,
     marked_label,
@@ -24,7 +25,8 @@ from drs.figure_style import (
     wilson_interval,
 )
 
-_HOLLOW = {"markerfacecolor": "white"}
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
+_PALE: dict[str, Any] = {"alpha": 0.45}
 
 
 @styled
@@ -37,7 +39,8 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
 
     Returns:
         The figure: worst-case accuracy in % with Wilson's 95 % interval over images, the PGD accuracy of the same
-        model on the same images as a hollow marker above it; time in seconds on a log axis.
+        model on the same images as a dash above it; time in seconds on a log axis. Models that fail a sanity check
+        are hollow.
     """
     rows = included(worst_case)
     rows = rows[rows["norm"] == "linf"]
@@ -47,14 +50,17 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
     for axis, (data, model) in zip(axes, pairs, strict=True):
         group = of_group(rows, data, model)
         means = group.groupby("run_id")[["pgd", "worst", "n"]].mean()
+        failed = set(group.loc[has_failed(group), "run_id"])
         for setting in settings(group):
             style = {**setting_style(*setting), "linestyle": "none"}
             for run_id in of_setting(group, setting)["run_id"].unique():
                 time, (pgd, worst, n) = seconds[run_id], means.loc[run_id]
                 low, high = 100 * wilson_interval([worst], [n])[:, 0]
                 axis.vlines(time, low, high, color=style["color"], linewidth=0.8, alpha=0.5)
-                axis.plot(time, 100 * pgd, **style, **_HOLLOW, alpha=0.8)
-                axis.plot(time, 100 * worst, **style, markeredgecolor="white", markeredgewidth=0.4)
+                axis.plot(time, 100 * pgd, color=style["color"], marker="_", markersize=7, markeredgewidth=1.4)
+                hollow = run_id in failed
+                face = _HOLLOW if hollow else {"markeredgecolor": "white", "markeredgewidth": 0.4}
+                axis.plot(time, 100 * worst, **style, **face)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -66,7 +72,11 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
         title = f"{data}, {model}: ε {labels} (L∞)\n{len(means)} models × {span(group['n'])} images"
         axis.set_title(title, linespacing=1.35)
     figure.supylabel("robust accuracy (%)")
-    figure.suptitle("Worst case per sample (filled; bars: Wilson 95 % over images) and PGD alone (hollow)")
+    figure.suptitle(
+        "Worst case per sample (markers; bars: Wilson 95 % over images) and PGD alone (dashes)\n"
+        "hollow: a sanity check of the model failed",
+        linespacing=1.35,
+    )
     legend_below(figure, settings(rows), lines=False, rows=rows)
     return figure
 
@@ -96,7 +106,7 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
             row = of_setting(group, setting).iloc[0]
             style = {"color": setting_style(*setting)["color"], "linestyle": "none"}
             kinds: list[tuple[str, str, float, dict[str, Any]]] = [
-                ("gain_pgd", "s", -0.17, _HOLLOW), ("gain_worst", "o", 0.17, {})
+                ("gain_pgd", "s", -0.17, _PALE), ("gain_worst", "o", 0.17, {})
             ]  # fmt: skip
             for name, marker, offset, face in kinds:
                 y = position + offset
@@ -108,15 +118,16 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
         axis.set_ylim(len(shown) - 0.4, -0.6)
         gains = 100 * group[["gain_pgd", "gain_worst"]].to_numpy(float)
         # An interval over two pairs can be a hundred points wide; the points decide what is shown.
-        reach = max(10.0, 1.6 * float(np.nanmax(np.abs(gains))))
-        axis.set_xlim(-reach, reach)
+        low, high = min(0.0, float(np.nanmin(gains))), max(0.0, float(np.nanmax(gains)))
+        room = max(5.0, 0.15 * (high - low))
+        axis.set_xlim(low - room, high + room)
         axis.set_xlabel("gain over CE (percentage points)")
         axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
     figure.suptitle(
         "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % t interval (cut at the edges)"
     )
     handles = [
-        Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", markerfacecolor="white"),
+        Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", alpha=0.45),
         Line2D([], [], color="0.3", marker="o", linestyle="none", label="worst case L∞"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

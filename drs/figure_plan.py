@@ -114,16 +114,16 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
     if (worst["norm"] == "linf").any():
         caption = (
             f"A point per model ({count(worst['run_id'].nunique(), 'model')}): robust accuracy at the decisive "
-            "epsilons under the worst case over all attacks (filled, Wilson's 95 % interval over images) and under PGD "
-            "alone on the same images (hollow)."
+            "epsilons under the worst case over all attacks (Wilson's 95 % interval over images) and, as a dash, under "
+            "PGD alone on the same images."
         )
         draw = partial(figure_cost.robustness_against_time, tables["models"], worst)
         plan.append(_planned("robustness_against_time", "", "", caption, draw))
     gains = tables["comparators"]
     if "gain_pgd" in gains and gains["gain_pgd"].notna().any():
         caption = (
-            "Each loss against cross-entropy at the same seed, on the same images: gain under PGD (hollow squares) and "
-            "under the worst case over all attacks (filled circles), with 95 % t intervals over pairs of seeds. Where "
+            "Each loss against cross-entropy at the same seed, on the same images: gain under PGD (pale squares) and "
+            "under the worst case over all attacks (circles), with 95 % t intervals over pairs of seeds. Where "
             "the circle falls short of the square, the rest of the gain was masking."
         )
         plan.append(_planned("masking_gap", "", "", caption, partial(figure_cost.masking_gap, gains)))

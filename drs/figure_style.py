@@ -117,7 +117,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def setting_label(loss: str, weight: float) -> str:
     """Name a loss and its weight as the figures and the report do: ``CE``, ``DR 0.005``."""
     name = _LOSSES.get(loss, _OTHER)[0] or loss.replace("_", " ")
-    return name if not weight > 0 else f"{name} {weight:g}"
+    return name if not weight > 0 else f"{name} {weight:.3g}"
 
 
 def marked_label(rows: pd.DataFrame, setting: Setting) -> str:

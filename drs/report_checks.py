@@ -64,6 +64,11 @@ def _name(rows: pd.DataFrame, row: Any) -> str:
     return escape(setting_label(str(row["loss"]), float(row["loss_weight"])) + mark)
 
 
+def _in_order(group: pd.DataFrame) -> list[tuple[Any, pd.Series]]:
+    """Return the rows of a group in the order in which figures list their settings."""
+    return [item for setting in settings(group) for item in of_setting(group, setting).iterrows()]
+
+
 def _with_sd(row: pd.Series, name: str, scale: float) -> str:
     mean, sd = row.get(f"mean.{name}"), row.get(f"sd.{name}")
     if mean is None or pd.isna(mean):
@@ -89,16 +94,17 @@ def masking_section(comparators: pd.DataFrame) -> str:
         "epsilons: under the PGD of the `paper` suite, under the worst case per sample of all attacks, and the share "
         "of the first that is left in the second. Means over pairs with 95 % t intervals; the share with Fieller's. A "
         "share without an interval is unbounded: the gain under PGD cannot be told from 0 with these seeds, or there "
-        "is one pair. Claim C5 is decided on the row of the published weight."
+        "is one pair; where PGD shows no gain there is no share. Claim C5 is decided on the row of the published "
+        "weight."
     ]
     for data, model in groups(comparators):
         group = of_group(comparators, data, model)
         rows = []
-        for index, row in group.iterrows():
+        for index, row in _in_order(group):
             if pd.isna(row["n_pairs"]) or not row["n_pairs"]:
                 continue
             share = NONE
-            if not pd.isna(row["share"]):
+            if row["gain_pgd"] > 0:
                 share = fixed(row["share"]) + interval(fixed(row["share_low"]), fixed(row["share_high"]))
             failed = "" if pd.isna(row["failed_checks"]) else str(row["failed_checks"])
             named = _name(group.loc[[index]], row)
@@ -131,7 +137,7 @@ def comparator_section(comparators: pd.DataFrame) -> str:
         columns["training (s)"] = ("train_seconds", 1.0)
         columns = {label: own for label, own in columns.items() if group[f"mean.{own[0]}"].notna().any()}
         rows = []
-        for index, row in group.iterrows():
+        for index, row in _in_order(group):
             cells = [_with_sd(row, name, scale) for name, scale in columns.values()]
             rows.append([_name(group.loc[[index]], row), whole(row["n_seeds"]), *cells])
         sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n seeds", *columns], rows))

@@ -54,7 +54,7 @@ def summary(tables: Tables, strong_suite: bool) -> str:
     parts = [f"{group_name(d, m)} ({count(len(of_group(models, d, m)), 'model')})" for d, m in groups(models)]
     text = [
         f"This study compares {count(len(models), 'trained model')} on {' and '.join(parts)}, each attacked on "
-        f"{span(attacked['n'])} test images."
+        f"{int(attacked['n'].max())} test images or fewer."
     ]
     overall = claims[claims["data"] == "all"]
     for _, claim in overall.iterrows():
