@@ -67,7 +67,7 @@ class CWConfig(AttackConfig):
     step_size: float = 0.05
     confidence: float = 0.0
     initial_const: float = 1.0
-    abort_early: bool = True
+    abort_early: bool = False
 
 
 @dataclass

@@ -74,6 +74,7 @@ _ATTACKS = {
     "cw": "CW",
     "margin_pgd": "margin PGD",
     "targeted_pgd": "targeted PGD",
+    "margin_pgd_l2": "margin PGD L2",
     "apgd_ce": "APGD-CE",
     "fmn_linf": "FMN L∞",
     "fmn_l2": "FMN L2",
