@@ -168,7 +168,7 @@ ATTACK_SCHEMAS: dict[str, type[AttackConfig]] = {
     "fmn": FMNConfig,
     "hop_skip_jump": HopSkipJumpConfig,
 }
-LINF_ONLY = ("fgsm", "pgd", "noise")
+LINF_ONLY = ("fgsm", "pgd", "noise", "apgd_t")
 L2_ONLY = ("cw", "cw_torchattacks")
 OBJECTIVES = ("ce", "margin", "targeted_margin", "scaled_ce")
 

@@ -154,7 +154,7 @@ def limits_section(tables: Tables, strong_suite: bool) -> str:
     )
     if strong_suite:
         counts = included(tables["accuracy"]).groupby("attack")["n"].min()
-        small = [f"{attack_label(name)} {n}" for name, n in counts.items() if n < counts.get("worst_linf", 0)]
+        small = [f"{attack_label(str(name))} {n}" for name, n in counts.items() if n < counts.get("worst_linf", 0)]
         if small:
             lines.append(
                 f"- Some attacks of the strong suite saw only the first images ({', '.join(sorted(small))}); beyond "

@@ -82,11 +82,11 @@ def test_a_study_agrees_with_itself(tmp_path: Path) -> None:
     assert len(_select(table, "time", status="information")) == len(TABLES["timing"])
     assert set(table["status"]) == {"agrees", "information"}
     lines = comparison_text(own, tmp_path / "reference").splitlines()
-    assert "Verdicts: 9 of 9 are the same." in lines
+    assert "Verdicts: 12 of 12 are the same." in lines
     assert f"at most about 5% ({0.05 * n_figures:.1f}) disagree by chance." in "\n".join(lines)
     assert lines[-1] == (
         f"{n_figures} of {n_figures} figures agree with {reference} within their intervals; "
-        "verdicts: C1 same, C2 same, C3 same (for information), C4 same."
+        "verdicts: C1 same, C2 same, C3 same (for information), C4 same, C5 same."
     )
 
 
@@ -198,10 +198,10 @@ def test_verdicts_of_timing_are_told_but_not_counted(tmp_path: Path) -> None:
     row = _select(compare_with_reference(own, reference), "verdict", claim="C2", data="mnist").iloc[0]
     assert (row["verdict_here"], row["verdict_there"], row["status"]) == ("supported", "not supported", "differs")
     text = comparison_text(own, tmp_path / "reference")
-    assert "Verdicts: 7 of 9 are the same." in text
+    assert "Verdicts: 10 of 12 are the same." in text
     assert "  C2 mnist/lenet: supported here, not supported there\n" in text
     assert "  C3 all: not supported here, supported there (depends on the machine, not counted)\n" in text
-    assert text.endswith("verdicts: C1 same, C2 differs, C3 differs (for information), C4 same.")
+    assert text.endswith("verdicts: C1 same, C2 differs, C3 differs (for information), C4 same, C5 same.")
 
 
 def test_a_study_with_fewer_tables_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:

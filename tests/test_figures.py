@@ -13,6 +13,7 @@ from matplotlib.text import Text
 from scipy.stats import binomtest
 from synthetic import study_tables
 
+from drs.comparators import comparator_table
 from drs.figure_plan import KINDS, plan_figures
 from drs.figure_style import attacks, setting_label, setting_style, settings, shown_setting, span, wilson_interval
 from drs.figures import (
@@ -101,6 +102,8 @@ def test_every_figure_says_its_n(drawn: dict[str, Figure], name: str) -> None:
         "correlation_heatmap": r"n = 23 models[\s\S]*n = 9 models[\s\S]*n = 32 models",
         "where_attacks_land": r"(23|9) models\n[0-9–]+ flips a model",
         "training_curves": r"n = [34] seeds",
+        "masking_gap": r"DR 0.005 \(n = [34]\)[\s\S]*100 images",
+        "robustness_against_time": r"(23|9) models × 100 images",
     }
     assert re.search(counted[PLAN[name].kind], words), words
 
@@ -183,8 +186,9 @@ def test_landing_shows_every_model_once(drawn: dict[str, Figure]) -> None:
 def test_smallest_study_can_be_drawn() -> None:
     tables = {name: table for name, table in study_tables().items()}
     keep = {"cifar10-0-0", "cifar10-0.005-0"}
-    for name in ("models", "accuracy", "landing", "training"):
+    for name in ("models", "accuracy", "landing", "training", "worst_case"):
         tables[name] = tables[name][tables[name]["run_id"].isin(keep)]
+    tables["comparators"] = comparator_table(tables["models"], tables["accuracy"], tables["worst_case"])
     for name in ("correlations", "landing_matrices"):
         tables[name] = tables[name].iloc[:0]
     tables["softmax_profile"] = tables["softmax_profile"].query("data == 'cifar10' and loss_weight != 0.001")

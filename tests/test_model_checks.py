@@ -5,7 +5,17 @@ import torch
 from test_attacks import linear_problem
 from torch import Tensor, nn
 
-from drs.attack_config import PGDConfig, TargetedAPGDConfig
+from drs.attack_config import (
+    APGDConfig,
+    AttackConfig,
+    CWConfig,
+    FGSMConfig,
+    FMNConfig,
+    PGDConfig,
+    ProjectedConfig,
+    TargetedAPGDConfig,
+    TargetedFABConfig,
+)
 from drs.attacks import build_attack, run_attack
 from drs.attacks.contract import check_model
 from drs.errors import UserError
@@ -28,6 +38,10 @@ class Wrapped(nn.Module):
     ("change", "words"),
     [
         (lambda logits: logits.softmax(1), "returns probabilities"),
+        (lambda logits: logits.softmax(1).half(), "returns probabilities"),
+        (lambda logits: logits.softmax(1).bfloat16(), "returns probabilities"),
+        (lambda logits: (logits, logits), "returns a tuple"),
+        (lambda logits: logits + 5e-4 * torch.randn_like(logits), "stochastic"),
         (lambda logits: logits + torch.randn_like(logits), "stochastic"),
         (lambda logits: nn.functional.dropout(logits, 0.5), "stochastic"),
         (lambda logits: logits[:, :1], r"returns \[16, 1\]"),
@@ -60,3 +74,47 @@ def test_targeted_dlr_names_how_many_classes_it_needs() -> None:
     model, images, labels = linear_problem(classes=3)
     with pytest.raises(UserError, match="APGD-T .* at least 4 classes, but the model has 3"):
         run_attack(build_attack(TargetedAPGDConfig("apgd_t", "linf")), model, images, labels, epsilon=0.01)
+
+
+GRADIENT_ATTACKS = [
+    FGSMConfig("fgsm", "linf"),
+    PGDConfig("pgd", "linf"),
+    ProjectedConfig("projected", "linf", objectives=["margin"]),
+    APGDConfig("apgd_ce", "linf", steps=5),
+    TargetedAPGDConfig("apgd_t", "linf", steps=5),
+    TargetedFABConfig("fab_t", "linf", steps=5),
+    FMNConfig("fmn", "linf", steps=5),
+    FMNConfig("fmn", "l2", steps=5),
+    CWConfig("cw", "l2", binary_search_steps=1, steps=5),
+]
+
+
+@pytest.mark.parametrize("config", GRADIENT_ATTACKS, ids=lambda config: f"{config.kind}-{config.norm}")
+def test_gradient_that_is_not_finite_is_refused_rather_than_robust(config: AttackConfig) -> None:
+    """The sign of NaN is 0, so nothing would move, and every image would stand."""
+
+    class Broken(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.model(images)
+            return logits + (0 * images).sqrt().flatten(1).sum(1, keepdim=True)
+
+    model, images, labels = linear_problem(classes=4)
+    with pytest.raises(UserError, match="gradient is not finite for 40 of 40 images"):
+        run_attack(build_attack(config), Broken(model).eval(), images, labels, epsilon=0.1)
+    run_attack(build_attack(config), model, images, labels, epsilon=0.1)
+    assert not model._forward_pre_hooks, "the watch on the gradient was left behind"
+
+
+def test_attack_and_its_score_run_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image just across the boundary in float32 may be back on the other side in TF32."""
+    model, images, labels = linear_problem(classes=4)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    run_attack(build_attack(FGSMConfig("fgsm", "linf")), model, images, labels, epsilon=0.1)
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32

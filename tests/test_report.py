@@ -237,7 +237,7 @@ def test_strong_suite_changes_the_limits(tmp_path: Path) -> None:
     study = write_study(tmp_path / "strong")
     (study / "provenance.json").write_text(json.dumps({**PROVENANCE, "suites": ["paper", "strong"], "dirty": True}))
     text = write_report(study).read_text()
-    assert "strong attacks were not run" not in text and "paper` suite" not in text
+    assert "strong attacks were not run, so nothing" not in text and "attacks of the `paper` suite were run" not in text
     assert "with uncommitted changes" in text
     assert "No figure" not in text and "![" not in text  # none was drawn, so none is linked
 

@@ -86,7 +86,7 @@ def test_claims_fit_the_terminal(tmp_path: Path) -> None:
     overall = next(line for line in wide if line.startswith("    overall"))
     assert " ".join(overall.split()) == "overall supported against weak attacks only 0.042 [−0.012, 0.123] n=23"
     assert len([line for line in wide if line.endswith("n=23")]) == len(tables["claims"])
-    assert [line[:2] for line in wide if line[0] == "C" and line[1].isdigit()] == ["C1", "C2", "C3", "C4"]
+    assert [line[:2] for line in wide if line[0] == "C" and line[1].isdigit()] == ["C1", "C2", "C3", "C4", "C5"]
     narrow = reproduce.claims_text(study, width=60).splitlines()
     assert max(map(len, narrow)) <= 60
     assert " ".join(" ".join(narrow).split()) == " ".join(" ".join(wide).split())

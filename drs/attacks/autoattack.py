@@ -37,10 +37,8 @@ class _LibraryAttack:
         """See ``drs.attacks.contract.Attack``."""
         images = images.contiguous()
         classes = count_classes(model, images)
-        adversarial = call_torchattacks(self._build(model, epsilon, classes), images, labels).detach()
-        # What the library returns for a sample that it could not fool may lie anywhere it has searched.
-        finite = torch.isfinite(adversarial).flatten(1).all(dim=1).view(-1, 1, 1, 1)
-        return torch.where(finite, adversarial, images)
+        # A sample that the library could not fool comes back as it was.
+        return call_torchattacks(self._build(model, epsilon, classes), images, labels).detach()
 
     def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
         raise TypeError(f"{type(self).__name__} does not say which attack it is")
@@ -68,9 +66,20 @@ class AutoPGD(_LibraryAttack):
 
 
 class TargetedAutoPGD(AutoPGD):
-    """Auto-PGD on the targeted difference of logits ratio, each of the K-1 other classes in turn; K is at least 4."""
+    """Auto-PGD on the targeted difference of logits ratio, each of the K-1 other classes in turn.
+
+    Linf only: in L2 torchattacks steps every sample of a batch by the step size of the first one.
+
+    Raises:
+        UserError: For another norm; from ``perturb``, for a model of fewer than 4 classes.
+    """
 
     name = "APGD-T (torchattacks)"
+
+    def __init__(self, norm: str, steps: int, restarts: int, rho: float, seed: int) -> None:
+        if norm != "linf":
+            raise UserError(f"norm={norm}: {self.name} is an attack in linf")
+        super().__init__(norm, steps, restarts, rho, seed)
 
     def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
         _need(self.name, classes, 4, "the targeted DLR loss divides by a difference that involves the fourth logit")
@@ -101,6 +110,8 @@ class TargetedFAB(_LibraryAttack):
 
 class SquareAttack(_LibraryAttack):
     """Random search that sees scores only (Andriushchenko et al. 2020, arXiv 1912.00049).
+
+    The schedule of its squares is stretched to ``n_queries``, as in the paper; AutoAttack's is not.
 
     Args:
         norm: ``linf`` or ``l2``.

@@ -1,15 +1,16 @@
 """What every attack must keep, checked on every batch.
 
 Pixels in [0,1] and a model in eval mode go in; what comes back is finite, inside [0,1] and, for an attack with a
-bound, within epsilon. Attacks run in float32 with TF32 off, and leave the model's modes, its gradients and every
-random generator as they were. An exception inside an attack is never swallowed.
+bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, and leave the model's
+modes, its gradients and every random generator as they were. A gradient that is not finite is an error: its sign is 0,
+so the model would look robust. An exception inside an attack is never swallowed.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,29 +89,45 @@ def check_eval_mode(model: nn.Module) -> None:
             )
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TF32 off; an image on the decision boundary would be judged by its rounding, some 1e-3 of a logit."""
+    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
 @torch.no_grad()
 def check_model(model: nn.Module, images: Tensor) -> None:
     """Raise ``UserError`` for a model that gradient attacks would judge wrongly, on the first 16 images.
 
     Refused are outputs that are not ``[B, K]`` with K >= 2; probabilities in the place of logits, whose gradients
-    vanish where the model is confident; and a forward pass that gives another answer the second time.
+    vanish where the model is confident; and a forward pass that gives another answer the second time. Log-probabilities
+    pass: they are logits up to a shift of each row.
     """
     few = images[:16]
     if not len(few):
         return
-    outputs = model(few).float()
+    with full_precision():
+        raw = model(few)
+        if not isinstance(raw, Tensor):
+            raise UserError(f"the model returns a {type(raw).__name__}; a tensor of logits [B, K] is needed")
+        outputs, again = raw.float(), model(few).float()
     if outputs.dim() != 2 or len(outputs) != len(few) or outputs.shape[1] < 2:
         raise UserError(
             f"the model returns {list(outputs.shape)} for {len(few)} images; logits [B, K], K >= 2, are needed"
         )
-    again = model(few).float()
     scale = float(outputs.abs().max()) + 1
-    if bool((torch.isfinite(outputs) & ((outputs - again).abs() > 1e-3 * scale)).any()):
+    if bool((torch.isfinite(outputs) & ((outputs - again).abs() > 1e-4 * scale)).any()):
         raise UserError(
             "the model is stochastic: two forward passes of the same images differ; fix its randomness, or attack the "
             "expectation over it, which these attacks do not do"
         )
-    is_distribution = (outputs >= 0).all() & ((outputs.sum(dim=1) - 1).abs() < 1e-4).all()
+    rounding = 1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2
+    is_distribution = (outputs >= 0).all() & ((outputs.sum(dim=1) - 1).abs() < rounding).all()
     if bool(is_distribution):
         raise UserError(
             "the model returns probabilities (no value below 0, each row sums to 1); return logits or log-probabilities"
@@ -139,28 +156,46 @@ def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm:
 
 @contextmanager
 def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed the attack's randomness; restore generators, module modes, gradient flags and TF32 afterwards."""
+    """Seed the attack's randomness; restore generators, module modes, gradient flags and TF32 afterwards.
+
+    Raises:
+        UserError: From inside the attack, where the gradient for an image is not finite.
+    """
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with (
         torch.random.fork_rng(devices=devices),
         torch.enable_grad(),
         torch.autocast(_device_type(model), enabled=False),
+        full_precision(),
     ):
         torch.manual_seed(seed)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         for parameter in flags:
             parameter.requires_grad_(False)
+        watch = model.register_forward_pre_hook(_watch_gradient)
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+            watch.remove()
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for module, training in modes.items():
                 module.training = training
+
+
+def _watch_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled() and isinstance(inputs[0], Tensor) and inputs[0].requires_grad:
+        inputs[0].register_hook(_refuse_broken_gradient)
+
+
+def _refuse_broken_gradient(gradient: Tensor) -> None:
+    bad = ~torch.isfinite(gradient).flatten(1).all(dim=1)
+    if bool(bad.any()):
+        raise UserError(
+            f"the model's gradient is not finite for {int(bad.sum())} of {len(bad)} images; gradient attacks would "
+            "leave them alone, and the model would look robust"
+        )
 
 
 def _device_type(model: nn.Module) -> str:
@@ -170,7 +205,8 @@ def _device_type(model: nn.Module) -> str:
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, source: str) -> Tensor:
     """Return finite float32 logits ``[B, K]``; ``UserError`` where one is not finite."""
-    logits = model(images).float()
+    with full_precision():
+        logits = model(images).float()
     check_logits(logits, source)
     return logits
 
