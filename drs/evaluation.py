@@ -200,7 +200,7 @@ def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> 
 def _evaluate_in_turn(
     todo: list[tuple[RunFolder, list[Cell]]], device: torch.device, progress: bool, bar: "tqdm[Any]"
 ) -> None:
-    lines = _Lines(len(todo), progress and bar.disable)
+    lines = _Lines(len(todo), progress and bool(bar.disable))
     for position, (run, planned) in enumerate(todo, 1):
         model = run.load_model(device)
         began = time.perf_counter()
@@ -228,7 +228,7 @@ def _evaluate_run(run: RunFolder, cells: list[Cell], device_name: str, threads: 
 def _evaluate_in_processes(
     todo: list[tuple[RunFolder, list[Cell]]], device: torch.device, workers: int, progress: bool, bar: "tqdm[Any]"
 ) -> None:
-    lines = _Lines(len(todo), progress and bar.disable)
+    lines = _Lines(len(todo), progress and bool(bar.disable))
     threads = max(1, available_cores() // workers)
     with _pool(workers) as pool:
         futures: dict[Future[float], int] = {
