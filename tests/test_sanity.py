@@ -189,6 +189,7 @@ def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFol
         "suite.n_samples.digits=40", "suite.n_decisive.digits=40", "~suite.attacks.cw",
         "~suite.attacks.cw_torchattacks",
         "~suite.attacks.fmn_linf", "~suite.attacks.fmn_l2", "~suite.attacks.hop_skip_jump", "~suite.attacks.fab_t",
+        "~suite.attacks.margin_pgd_l2",
         "suite.attacks.square.n_queries=50", "suite.sanity.n_samples=20", "suite.sanity.steps=5",
         "suite.decisive_epsilons.digits.linf=[0.1]",
     )  # fmt: skip
