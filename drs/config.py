@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from drs.attack_config import AttackConfig, SanityConfig, attack_schema
 from drs.config_checks import check_device_name, check_study, check_tracking, check_train, require
@@ -74,6 +74,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         # Hydra's own section, there when a sweep is planned, holds values that only a running job has.
         ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing; the config needs a value for it") from None
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from None
     assert isinstance(plain, dict)

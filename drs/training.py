@@ -182,7 +182,10 @@ def _step(
     precision: str,
     procedure: Procedure,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimisation step per phase of the loss; return the first phase's loss and logits."""
+    """Take one optimisation step per phase of the loss; return the first phase's loss and logits.
+
+    The first phase carries what the procedure adds; all of them see the images that it chose.
+    """
     first: tuple[Tensor, Tensor] | None = None
     for phase, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
         with autocast(images.device, precision):

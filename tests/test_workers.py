@@ -1,8 +1,6 @@
 """Evaluation in several processes: the same arrays as in one, and a mistake in a worker is the user's one line."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,26 +68,3 @@ def test_workers_are_as_many_as_asked_but_no_more_than_runs(results: Path) -> No
     assert count_workers(config, gpu, 100) == 1, "models share a GPU one after the other"
     assert count_workers(config, cpu, 1) == 1
     assert count_workers(configuration(results, "workers=7"), cpu, 3) == 3
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator is glibc's")
-def test_freed_memory_is_used_again() -> None:
-    """Without the setting each of the tensors costs its page faults anew."""
-    code = (
-        "import resource, sys, torch\n"
-        "torch.set_num_threads(1)\n"
-        "if sys.argv[1] == 'keep':\n"
-        f"    sys.path.insert(0, {str(PROJECT_ROOT)!r})\n"
-        "    from drs.allocator import keep_freed_memory\n"
-        "    keep_freed_memory()\n"
-        "torch.ones(2_000_000)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(20):\n"
-        "    torch.ones(2_000_000)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    faults = {
-        name: int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
-        for name in ("keep", "default")
-    }
-    assert faults["default"] > 1.5 * faults["keep"]
