@@ -226,6 +226,7 @@ def test_no_worker_outlives_the_sweep(tmp_path: Path, how: str) -> None:
     )  # fmt: skip
     try:
         assert wait_for(lambda: len(list(tmp_path.glob(started))) == 2, 120)
+        time.sleep(1)  # until the trainings themselves have begun
         assert len(members(process.pid)) >= 3
         if how == "interrupted":
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does, workers included
