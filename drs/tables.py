@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from drs.array_files import load_arrays_file
 from drs.attack_config import AttackConfig
 from drs.cells import Cell, by_run
 from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
 from drs.files import atomic_write
 from drs.landing import landing_row, mean_matrices
 from drs.model_rows import read_model
-from drs.runs import iterate_runs, load_arrays_file
+from drs.runs import iterate_runs
 from drs.sample_correlation import sample_correlation_rows
 from drs.sanity import failed_checks, sanity_rows
 from drs.suite_config import SuiteConfig, suite_epsilons

@@ -12,11 +12,12 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from drs.array_files import load_arrays_file
 from drs.cells import plan_cells
 from drs.config import PROJECT_ROOT, evaluate_config
-from drs.evaluation import fill_cell
+from drs.filling import fill_cell
 from drs.model_rows import ModelReading, read_model
-from drs.runs import RunFolder, load_arrays_file, run_folder
+from drs.runs import RunFolder, run_folder
 from drs.sanity import FAIL, sanity_rows
 from drs.suite_config import SuiteConfig
 from drs.sweeper import register_plugins

@@ -9,12 +9,13 @@ import torch
 from conftest import compose_train
 from hydra import compose, initialize_config_dir
 
+from drs.array_files import load_arrays_file
 from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
 from drs.cells import Cell, find_twin, plan_cells, standing_at
 from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config
-from drs.evaluation import fill_cell
+from drs.filling import fill_cell
 from drs.model_rows import read_model, worst_case
-from drs.runs import RunFolder, load_arrays_file, run_folder
+from drs.runs import RunFolder, run_folder
 from drs.sanity import failed_checks, sanity_rows
 from drs.sanity_checks import CHECKS
 from drs.suite_config import UNBOUNDED, Epsilon, SuiteConfig

@@ -8,10 +8,10 @@ import pytest
 from conftest import compose_train
 from hydra import compose, initialize_config_dir
 
+from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT, EvaluateConfig, evaluate_config
 from drs.errors import UserError
 from drs.evaluation import available_cores, count_workers, evaluate_study
-from drs.runs import load_arrays_file
 from drs.sweeper import register_plugins
 from drs.training import train
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drs.batches import in_batches
 from drs.errors import UserError
 
 SLACK = 1e-6
@@ -45,10 +46,12 @@ class AttackOutcome:
     Attributes:
         logits: ``[N, K]`` float32, of the adversarial images.
         distance: ``[N]`` float64, the norm of the perturbation in pixel units.
+        batch_size: Samples per batch: as asked, or less where a GPU's memory ran out.
     """
 
     logits: Tensor
     distance: Tensor
+    batch_size: int
 
 
 def perturbation_norm(images: Tensor, adversarial: Tensor, norm: str) -> Tensor:
@@ -230,8 +233,8 @@ def run_attack(
         images: ``[N, C, H, W]`` float32 in [0,1].
         labels: ``[N]`` int64, true classes.
         epsilon: The bound in pixel units; an attack without a bound ignores it.
-        batch_size: Samples per batch.
-        seed: Each batch is seeded with it and its own position.
+        batch_size: Samples per batch; halved where a GPU's memory runs out.
+        seed: Each batch is seeded with it and the position of its first sample.
         on_batch: Called with the number of samples just finished.
 
     Raises:
@@ -244,9 +247,9 @@ def run_attack(
         check_epsilon(epsilon, attack.norm)
     else:
         epsilon = math.inf
-    logits, distances = [], []
-    for start in range(0, len(images), batch_size):
-        clean, truth = images[start : start + batch_size], labels[start : start + batch_size]
+
+    def attack_batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        clean, truth = images[start:stop], labels[start:stop]
         clean_logits = predict(model, clean, "clean images")
         standing = (clean_logits.argmax(dim=1) == truth).nonzero().squeeze(1)
         distance = torch.zeros(len(clean), dtype=torch.float64)
@@ -256,8 +259,10 @@ def run_attack(
             check_adversarial(clean[standing], adversarial, epsilon, attack.norm, attack.name)
             clean_logits[standing] = predict(model, adversarial, f"adversarial images of {attack.name}")
             distance[standing.cpu()] = perturbation_norm(clean[standing], adversarial, attack.norm).cpu()
-        logits.append(clean_logits.cpu())
-        distances.append(distance)
         if on_batch is not None:
             on_batch(len(clean))
-    return AttackOutcome(torch.cat(logits), torch.cat(distances))
+        return clean_logits.cpu(), distance
+
+    parts, used = in_batches(attack_batch, len(images), batch_size, attack.name)
+    logits, distances = zip(*parts, strict=True)
+    return AttackOutcome(torch.cat(logits), torch.cat(distances), used)

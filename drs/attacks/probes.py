@@ -16,6 +16,7 @@ from drs.attack_config import SanityConfig
 from drs.attacks.contract import check_eval_mode, check_pixels, isolated, predict, run_attack
 from drs.attacks.objectives import FAMILIES
 from drs.attacks.projected import ProjectedAttack, climb
+from drs.batches import in_batches
 
 LARGE_EPSILON = 0.5
 """At this Linf radius every image can be turned to grey, so no more than chance may be left."""
@@ -52,10 +53,12 @@ class Probes:
     Attributes:
         standing: Probe name -> ``[N]`` bool, still classified right.
         gradient_norm: ``[N]`` float64, largest absolute entry of the gradient of cross-entropy at the clean image.
+        batch_size: Samples per batch: as asked, or the least that a probe went down to where a GPU's memory ran out.
     """
 
     standing: dict[str, np.ndarray]
     gradient_norm: np.ndarray
+    batch_size: int
 
 
 def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig) -> Probes:
@@ -80,6 +83,8 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
     check_pixels(images, "the images to attack")
     check_eval_mode(model)
 
+    sizes = []
+
     def stands(
         objective: str, *, radius: float = epsilon, steps: int = config.steps, restarts: int = 1,
         target: nn.Module = model,
@@ -90,14 +95,15 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
         outcome = run_attack(
             attack, target, images, labels, epsilon=radius, batch_size=config.batch_size, seed=config.seed
         )
+        sizes.append(outcome.batch_size)
         return (outcome.logits.argmax(dim=1) == labels.cpu()).numpy()
 
     standing = {}
-    parts = [
-        _batch_probes(model, images[start : start + config.batch_size], labels[start : start + config.batch_size],
-                      epsilon, config)
-        for start in range(0, len(images), config.batch_size)
-    ]  # fmt: skip
+    parts, size = in_batches(
+        lambda start, stop: _batch_probes(model, images[start:stop], labels[start:stop], epsilon, config),
+        len(images), config.batch_size, "the sanity checks",
+    )  # fmt: skip
+    sizes.append(size)
     for name in ("clean", "epsilon_0", "ce", "ce_last"):
         standing[name] = np.concatenate([part[name] for part in parts])
     restarts = config.restarts
@@ -111,7 +117,7 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
     standing["shifted"] = stands("ce", target=Rescaled(model, 1.0, SHIFT))
     standing["large"] = stands("margin", radius=LARGE_EPSILON)
     standing["unbounded"] = stands("margin", radius=1.0)
-    return Probes(standing, np.concatenate([part["gradient_norm"] for part in parts]))
+    return Probes(standing, np.concatenate([part["gradient_norm"] for part in parts]), min(sizes))
 
 
 def _batch_probes(
