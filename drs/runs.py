@@ -1,4 +1,9 @@
-"""The folder of one training: written atomically, done only when its status says so."""
+"""The folder of one training: written atomically, done only when its status says so.
+
+torch is imported where weights are read or written: what only asks for the state of runs need not wait for it.
+"""
+
+from __future__ import annotations
 
 import csv
 import json
@@ -6,19 +11,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 
 from drs.config import TrainConfig, project_path, run_id, train_config
 from drs.config_checks import check_study
 from drs.errors import UserError
 from drs.files import atomic_write
-from drs.models import build_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class RunFolder:
 
     def save_weights(self, model: nn.Module, architecture: str) -> None:
         """Write ``checkpoint.safetensors`` with the architecture's name in its metadata."""
+        from safetensors.torch import save_file
+
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with atomic_write(self.path / "checkpoint.safetensors") as temporary:
             save_file(tensors, temporary, metadata={"architecture": architecture, "run_id": self.run_id})
@@ -89,6 +95,8 @@ class RunFolder:
         Raises:
             UserError: If the checkpoint is missing, unreadable or of another architecture.
         """
+        import torch
+
         config = self.config()
         model = build_model_of(config)
         load_weights(model, self.path / "checkpoint.safetensors", config.model.name)
@@ -97,6 +105,8 @@ class RunFolder:
 
 def build_model_of(config: TrainConfig) -> nn.Module:
     """Build the untrained model that a config describes; its first layer normalises pixels."""
+    from drs.models import build_model
+
     data = config.data
     return build_model(
         config.model.name,
@@ -115,6 +125,8 @@ def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
     Raises:
         UserError: If the file is missing, unreadable, or does not hold just the tensors that ``model`` needs.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not path.exists():
         raise UserError(f"{path} is missing; delete the run's folder to train it again")
     try:
