@@ -19,6 +19,7 @@ from drs.comparator_losses import (
     LabelSmoothingLoss,
     LogitSqueezingLoss,
 )
+from drs.fused_loss import fused_loss
 from drs.loss_base import ClassificationLoss, check_range, check_switch, check_targets, full_precision, row_dot
 
 Space = Literal["log_softmax", "softmax", "logits"]
@@ -127,6 +128,15 @@ class DRSoftmaxLoss(ClassificationLoss):
 
     def compute(self, logits: Tensor, labels: Tensor, phase: int) -> Tensor:
         """See ``ClassificationLoss``."""
+        if (self.space, self.center) != ("log_softmax", "non_label"):
+            return self.eager(logits, labels)
+        weight = self.weight if self.reduction == "sum" else self.weight / max(len(labels), 1)
+        return fused_loss(
+            logits, labels, ce_weight=self.ce_weight, weight=weight, eager=lambda again: self.eager(again, labels)
+        )
+
+    def eager(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what ``compute`` returns, in operations that autograd differentiates itself; slower, and as exact."""
         log_probabilities = F.log_softmax(logits, dim=1)
         penalty = _penalty(logits, log_probabilities, labels, self.space, self.center)
         reduced = penalty.sum() if self.reduction == "sum" else penalty.mean()

@@ -1,0 +1,117 @@
+"""The loss with its closed-form gradient against the same loss in plain operations."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_losses import LargeTensors, random_case
+
+from drs.losses import DRSoftmaxLoss
+
+SWITCHES = list(itertools.product(["non_label", "all_classes"], ["sum", "mean"]))
+
+
+def value_and_gradient(function, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]
+    leaf = logits.detach().requires_grad_()
+    value = function(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize(("center", "reduction"), SWITCHES)
+@pytest.mark.parametrize(("batch", "classes"), [(1, 2), (5, 7), (64, 300)])
+def test_it_is_the_plain_loss(center: str, reduction: str, batch: int, classes: int) -> None:
+    logits, labels = random_case(batch, classes)
+    loss = DRSoftmaxLoss(weight=0.3, ce_weight=1.7, center=center, reduction=reduction)
+    found = value_and_gradient(lambda z: loss(z, labels), logits)
+    expected = value_and_gradient(lambda z: loss.eager(z, labels), logits)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_float32_is_as_exact_as_the_plain_loss(scale: float) -> None:
+    """Against float64, where what is restrained is small beside the label's logit and where it is huge."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (200,), generator=generator)
+    logits = (scale * torch.randn(200, 10, generator=generator)).scatter_add(
+        1, labels[:, None], torch.full((200, 1), 20.0)
+    )
+    loss = DRSoftmaxLoss(weight=0.005)
+    exact = value_and_gradient(lambda z: loss.eager(z, labels), logits.double())
+    fused = value_and_gradient(lambda z: loss(z, labels), logits)
+    plain = value_and_gradient(lambda z: loss.eager(z, labels), logits)
+    for true, one, other in zip(exact, fused, plain, strict=True):
+        bound = 4 * (other - true).abs().max() + 4e-7 * true.abs().max()
+        assert (one - true).abs().max() <= bound
+
+
+@pytest.mark.parametrize(("center", "reduction"), SWITCHES)
+def test_it_can_be_differentiated_twice(center: str, reduction: str) -> None:
+    logits, labels = random_case(3, 4)
+    loss = DRSoftmaxLoss(weight=0.3, center=center, reduction=reduction)
+    assert torch.autograd.gradgradcheck(lambda z: loss(z, labels), logits.requires_grad_())
+
+
+def test_an_outer_factor_reaches_the_gradient() -> None:
+    logits, labels = random_case()
+    loss = DRSoftmaxLoss(weight=0.3)
+    once = value_and_gradient(lambda z: loss(z, labels), logits)[1]
+    torch.testing.assert_close(value_and_gradient(lambda z: -2.5 * loss(z, labels), logits)[1], -2.5 * once)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
+    logits, labels = random_case()
+    value = DRSoftmaxLoss(weight=0.3)(logits.requires_grad_(), labels)
+    first, second = (torch.autograd.grad(value, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_logits_that_are_not_contiguous() -> None:
+    logits, labels = random_case(6, 8)
+    loss = DRSoftmaxLoss(weight=0.3)
+    expected = value_and_gradient(lambda z: loss(z, labels), logits)
+    for view in (lambda z: z.t().contiguous().t(), lambda z: torch.stack([z, z], dim=2)[..., 0]):
+        found = value_and_gradient(lambda z, view=view: loss(view(z), labels), logits)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_autocast_from_a_half_precision_layer() -> None:
+    """The gradient arrives in the layer's own type; under autocast the loss itself stays in float32."""
+    logits, labels = random_case(scale=1.0)
+    low = logits.bfloat16()
+    loss = DRSoftmaxLoss(weight=0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, gradient = value_and_gradient(lambda z: loss(z, labels), low)
+    expected_value, expected = value_and_gradient(lambda z: loss.eager(z.float(), labels), low)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(value, expected_value)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_per_sample_gradients_through_torch_func() -> None:
+    logits, labels = random_case()
+    loss = DRSoftmaxLoss(weight=0.3)
+    loss.validate = False
+
+    def one(row: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return loss(row[None], label[None])
+
+    found = torch.func.vmap(torch.func.grad(one))(logits, labels)
+    expected = torch.stack(
+        [value_and_gradient(lambda z, i=i: loss(z[None], labels[i : i + 1]), row)[1] for i, row in enumerate(logits)]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_backward_builds_no_more_large_tensors_than_that_of_cross_entropy() -> None:
+    logits = torch.randn(64, 50, requires_grad=True)
+    labels = torch.randint(50, (64,))
+    built = []
+    for value in (F.cross_entropy(logits, labels), DRSoftmaxLoss()(logits, labels)):
+        with LargeTensors(logits.numel()) as backward:
+            torch.autograd.grad(value, logits)
+        built.append(len(backward.storages))
+    assert built[1] <= built[0]
