@@ -173,3 +173,24 @@ def test_optimizers_are_the_configured_ones(tmp_path: Path) -> None:
         optimizer = build_optimizer(model, small(tmp_path, f"optim={name}", "optim.weight_decay=0.25").optim)
         assert type(optimizer) is kind
         assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_optimizers_step_as_their_plain_forms_do(tmp_path: Path, name: str, layout: torch.memory_format) -> None:
+    """They update parameters as raw memory, in which a gradient in another layout would be mixed up."""
+    config = small(tmp_path, f"optim={name}", "optim.weight_decay=0.25", "optim.learning_rate=0.01").optim
+    images = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    trained = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)).to(memory_format=layout)  # type: ignore[call-overload]
+        optimizer = build_optimizer(model, config)
+        for group in optimizer.param_groups:
+            group["fused"] = group["fused"] and not plain
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+        trained.append(weights(model))
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-5, atol=1e-6)
