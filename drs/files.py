@@ -1,11 +1,21 @@
 """Files that are either whole or absent."""
 
+import errno
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from drs.errors import UserError
+
+CURES = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some space in your quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+}
+"""What to do about a file that cannot be written; for other reasons, a folder that can be written."""
 
 
 @contextmanager
@@ -14,8 +24,26 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of either. After an exception nothing is left behind.
     Missing parent folders are made.
+
+    Raises:
+        UserError: If the system does not let the file be written: a full disk, a folder that is read-only.
     """
     path = Path(path)
+    try:
+        with _atomic_write(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return the error that says in one line why ``path`` cannot be written, and what to do about it."""
+    cure = CURES.get(error.errno or 0, "make its folder one that you can write to, or choose another")
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); {cure}")
+
+
+@contextmanager
+def _atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)

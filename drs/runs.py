@@ -1,9 +1,7 @@
 """The folder of one training: written atomically, done only when its status says so.
 
-torch is imported where weights are read or written: what only asks for the state of runs need not wait for it.
+Importing this does not import torch, so that a run that is done can be skipped, and a study looked at, in no time.
 """
-
-from __future__ import annotations
 
 import csv
 import json
@@ -81,15 +79,13 @@ class RunFolder:
         with atomic_write(self.path / "metrics.csv") as temporary:
             temporary.write_text(text.getvalue())
 
-    def save_weights(self, model: nn.Module, architecture: str) -> None:
+    def save_weights(self, model: "nn.Module", architecture: str) -> None:
         """Write ``checkpoint.safetensors`` with the architecture's name in its metadata."""
-        from safetensors.torch import save_file
+        from drs.checkpoints import save_weights
 
-        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        with atomic_write(self.path / "checkpoint.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"architecture": architecture, "run_id": self.run_id})
+        save_weights(model, self.path / "checkpoint.safetensors", architecture, self.run_id)
 
-    def load_model(self, device: torch.device) -> nn.Module:
+    def load_model(self, device: "torch.device") -> "nn.Module":
         """Return the trained model in eval mode, taking pixels in [0,1], ``[B, C, H, W]``.
 
         Raises:
@@ -97,55 +93,12 @@ class RunFolder:
         """
         import torch
 
+        from drs.checkpoints import build_model_of, load_weights
+
         config = self.config()
         model = build_model_of(config)
         load_weights(model, self.path / "checkpoint.safetensors", config.model.name)
         return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-
-
-def build_model_of(config: TrainConfig) -> nn.Module:
-    """Build the untrained model that a config describes; its first layer normalises pixels."""
-    from drs.models import build_model
-
-    data = config.data
-    return build_model(
-        config.model.name,
-        num_classes=data.num_classes,
-        channels=data.channels,
-        size=data.size,
-        mean=data.mean,
-        std=data.std,
-        **config.model.options,
-    )
-
-
-def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
-    """Load a safetensors checkpoint into ``model``.
-
-    Raises:
-        UserError: If the file is missing, unreadable, or does not hold just the tensors that ``model`` needs.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        raise UserError(f"{path} is missing; delete the run's folder to train it again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("architecture", "an unnamed architecture")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); delete the run's folder to train it again"
-        ) from None
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
-    if wanted != given:
-        different = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise UserError(
-            f"{path}: holds the weights of {found}, but the config describes {architecture}; "
-            f"{len(different)} tensors differ, the first is {different[0]}"
-        )
-    model.load_state_dict(state)
 
 
 def run_folder(config: TrainConfig) -> RunFolder:

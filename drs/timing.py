@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from drs.checkpoints import build_model_of
 from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
 from drs.losses import build_loss
 from drs.procedures import Procedure, build_procedure
-from drs.runs import build_model_of
 from drs.training import build_optimizer, load_split
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from drs.allocator import keep_freed_memory
+from drs.checkpoints import build_model_of
 from drs.config import DataConfig, OptimConfig, TrainConfig, identity, project_path
 from drs.data import LabelledImages, iterate_batches, load_training_split
 from drs.device import choose_device
 from drs.errors import DivergedError, UserError
 from drs.losses import ClassificationLoss, build_loss
 from drs.procedures import Procedure, build_procedure
-from drs.runs import build_model_of, run_folder
+from drs.runs import run_folder
 from drs.tracking import open_tracker
 from drs.training_progress import FiniteLoss, ProgressBar
 

@@ -11,10 +11,11 @@ import torch
 from conftest import compose_train
 from torch import nn
 
+from drs.checkpoints import load_weights
 from drs.config import TrainConfig
 from drs.data import LabelledImages
 from drs.errors import DivergedError, UserError
-from drs.runs import finished_runs, iterate_runs, load_weights, run_folder, study_folder
+from drs.runs import finished_runs, iterate_runs, run_folder, study_folder
 from drs.training import build_optimizer, build_schedule, fit, train
 
 Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
