@@ -50,6 +50,7 @@ def check_train(config: TrainConfig) -> None:
     check_tracking(config.tracking)
     require(config.epochs >= 1, "epochs", config.epochs, "at least 1")
     require(config.batch_size >= 2, "batch_size", config.batch_size, "at least 2 (batch normalisation needs it)")
+    require(config.save_seconds >= 0, "save_seconds", config.save_seconds, "at least 0")
     require(0 <= config.seed < 2**32, "seed", config.seed, "between 0 and 4294967295")
     one_of("precision", config.precision, ("float32", "bfloat16"))
     one_of("data.augment", config.data.augment, ("none", "crop", "crop_flip"))

@@ -42,3 +42,15 @@ class DivergedError(Exception):
         self.epoch = epoch
         self.step = step
         self.value = value
+
+
+class Interrupted(KeyboardInterrupt):
+    """The program was asked to end by a signal; a ``KeyboardInterrupt``, so that nothing takes it for an error.
+
+    Args:
+        number: The signal's; the exit status is 128 plus it, as shells have it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number

@@ -72,6 +72,12 @@ def ascend(
 class Procedure:
     """Standard training: the loss of the batch as it is."""
 
+    generator: torch.Generator | None = None
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Return the random generators that a training must keep to go on as if never interrupted, by name."""
+        return {} if self.generator is None else {"procedure": self.generator}
+
     def images(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return the images ``[B, C, H, W]`` that the loss is taken on."""
         return images

@@ -181,6 +181,8 @@ class TrainConfig:
     device: str = "auto"
     results_dir: str = "results"
     progress: bool = True
+    save_seconds: float = 5.0
+    fail_fast: bool = False
     grid: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -2,10 +2,11 @@
 
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,67 +16,154 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from drs.allocator import keep_freed_memory
 from drs.checkpoints import build_model_of
-from drs.config import DataConfig, OptimConfig, TrainConfig, identity, project_path
+from drs.claiming import Claim, ClaimLost, claim
+from drs.config import DataConfig, OptimConfig, TrainConfig, identity, project_path, run_id
 from drs.data import LabelledImages, iterate_batches, load_training_split
 from drs.device import choose_device
-from drs.errors import DivergedError, UserError
+from drs.errors import DivergedError, Interrupted, UserError
+from drs.interrupts import deferred_interrupts
+from drs.jobs import CLAIM_FILE, ERROR_LOG, TrainingResult, record_failure, said_before, settled, short_title
+from drs.keeping import STATE_FILE, Keeper
 from drs.losses import ClassificationLoss, build_loss
 from drs.procedures import Procedure, build_procedure
-from drs.runs import run_folder
+from drs.runs import RunFolder, run_folder
 from drs.tracking import open_tracker
 from drs.training_progress import FiniteLoss, ProgressBar
+from drs.training_state import TrainingState
+
+_Prepared = tuple[torch.device, LabelledImages, LabelledImages]
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What became of one training: ``state`` is done, skipped or failed; ``detail`` says why in one line."""
+def train(config: TrainConfig, *, in_sweep: bool = False) -> TrainingResult:
+    """Train the model that a config describes, unless its run is settled; go on where an earlier start stopped.
 
-    run_id: str
-    state: str
-    detail: str
-    folder: str
+    One process at a time trains a run. SIGINT and SIGTERM let it finish the step, keep its last finished epoch and
+    then raise ``Interrupted``. A loss that is not finite stops the training; the run is recorded as failed with its
+    epoch. Any other error is recorded as well, with its traceback, and raised.
 
-
-def train(config: TrainConfig) -> TrainingResult:
-    """Train the model that a config describes, unless its run is already done.
-
-    A loss that is not finite stops the training; the run is recorded as failed with its epoch.
+    Args:
+        config: The training.
+        in_sweep: Whether other jobs wait. Then a claim of another machine gets no more than a look, and data, device
+            or a batch size that cannot be used are recorded too; otherwise they are raised with nothing written.
 
     Raises:
-        UserError: For data, a device or a batch size that cannot be used.
+        ClaimedElsewhere: If another process is at work on the run.
+        UserError: For data, a device or a batch size that cannot be used, or a folder that cannot be written.
     """
+    began = time.monotonic()
     folder = run_folder(config)
-    status = folder.status()
-    if status.get("state") == "done":
-        return TrainingResult(folder.run_id, "skipped", "already done", str(folder.path))
-    if status.get("reason") == "diverged":
-        # The same seed would diverge again: this is the run's result, not an accident.
-        return TrainingResult(folder.run_id, "failed", f"diverged before: {status.get('detail')}", str(folder.path))
+    if (result := settled(config)) is not None:
+        return result
+    prepared = None if in_sweep else _prepare(config)
+    try:
+        with claim(folder.path / CLAIM_FILE, f"run {folder.run_id}", watch=not in_sweep) as held:
+            # Another process may have finished it since the first look.
+            if (result := settled(config)) is not None:
+                return result
+            return _train_claimed(config, folder, held, prepared, began)
+    except ClaimLost as error:
+        return _result(config, folder, "elsewhere", str(error), began)
+
+
+def _train_claimed(
+    config: TrainConfig, folder: RunFolder, held: Claim, prepared: _Prepared | None, began: float
+) -> TrainingResult:
+    try:
+        if said := said_before(folder.status()):
+            print(f"run {folder.run_id}: {said}", flush=True)
+        device, training, validation = prepared or _prepare(config)
+        held.check()
+        folder.write_config(config)
+        folder.write_status(state="running", started=time.time(), epochs=config.epochs)
+        tracker = open_tracker(config.tracking, config.study, folder.run_id, identity(config), folder.path)
+        with deferred_interrupts() as interrupts:
+            keeper = Keeper(folder, held, interrupts, config.save_seconds)
+            try:
+                model, rows = fit(
+                    config, training, validation, device, progress=config.progress, on_epoch=tracker.log, keeper=keeper
+                )
+            except Interrupted:
+                _keep_interrupted(config, keeper, began)
+                raise
+            finally:
+                tracker.finish()
+            return _finish(config, keeper, model, rows, device, began)
+    except DivergedError as error:
+        held.check()
+        folder.write_status(
+            state="failed", reason="diverged", epoch=error.epoch, step=error.step, detail=str(error), **_span(began, [])
+        )
+        _clear(folder)
+        return _result(config, folder, "diverged", str(error), began)
+    except ClaimLost:
+        raise
+    except Exception as error:
+        record_failure(folder, held, error)
+        raise
+
+
+def _finish(
+    config: TrainConfig,
+    keeper: Keeper,
+    model: nn.Module,
+    rows: list[dict[str, float]],
+    device: torch.device,
+    began: float,
+) -> TrainingResult:
+    """Write what a finished training leaves; the status, which says that it is all there, comes last."""
+    folder = keeper.folder
+    keeper.claim.check()
+    folder.write_metrics(rows)
+    folder.save_weights(model, config.model.name)
+    seconds = sum(row["seconds"] for row in rows)
+    keeper.claim.check()
+    folder.write_status(
+        state="done", **_span(began, rows[: keeper.resumed]), train_seconds=seconds, epochs=config.epochs,
+        device=device.type, torch=torch.__version__, val_accuracy=rows[-1]["val_accuracy"],
+    )  # fmt: skip
+    _clear(folder)
+    return _result(config, folder, "done", f"{seconds:.1f} s", began)
+
+
+def _keep_interrupted(config: TrainConfig, keeper: Keeper, began: float) -> None:
+    """Save what an interrupted training has finished; what stands in the way of that does not stop the interrupt."""
+    try:
+        keeper.save()
+        epoch = len(keeper.snapshot.rows) if keeper.snapshot else 0
+        keeper.folder.write_status(state="interrupted", epoch=epoch, epochs=config.epochs, **_span(began, []))
+    except (ClaimLost, UserError) as error:
+        print(f"run {keeper.folder.run_id}: its last epochs are not kept: {error}", file=sys.stderr, flush=True)
+
+
+def _span(began: float, earlier: list[dict[str, float]]) -> dict[str, float]:
+    """Return when a training ended by the clock, and a start that is as long before as it has been at work.
+
+    Args:
+        began: When this start began, in ``time.monotonic`` seconds: the clock may jump.
+        earlier: The metrics of epochs of earlier starts.
+    """
+    now = time.time()
+    return {"started": now - (time.monotonic() - began) - sum(row["seconds"] for row in earlier), "finished": now}
+
+
+def _clear(folder: RunFolder) -> None:
+    """Delete what only a training that is not settled needs."""
+    for name in (STATE_FILE, ERROR_LOG):
+        (folder.path / name).unlink(missing_ok=True)
+
+
+def _result(config: TrainConfig, folder: RunFolder, state: str, detail: str, began: float) -> TrainingResult:
+    seconds = time.monotonic() - began
+    return TrainingResult(folder.run_id, state, detail, str(folder.path), short_title(config), seconds)
+
+
+def _prepare(config: TrainConfig) -> _Prepared:
+    """Return device, training and validation images; ``UserError`` where they do not fit the config."""
     device = choose_device(config.device)
     training, validation = load_split(config.data, device)
     if len(training) < config.batch_size:
         raise UserError(f"batch_size={config.batch_size}: must be at most the {len(training)} training samples")
-    started = time.time()
-    folder.write_config(config)
-    folder.write_status(state="running", started=started)
-    tracker = open_tracker(config.tracking, config.study, folder.run_id, identity(config), folder.path)
-    try:
-        model, rows = fit(config, training, validation, device, progress=config.progress, on_epoch=tracker.log)
-    except DivergedError as error:
-        folder.write_status(
-            state="failed", reason="diverged", epoch=error.epoch, step=error.step, started=started, detail=str(error)
-        )
-        return TrainingResult(folder.run_id, "failed", f"diverged: {error}", str(folder.path))
-    finally:
-        tracker.finish()
-    seconds = sum(row["seconds"] for row in rows)
-    folder.write_metrics(rows)
-    folder.save_weights(model, config.model.name)
-    folder.write_status(
-        state="done", started=started, finished=time.time(), train_seconds=seconds, epochs=config.epochs,
-        device=device.type, torch=torch.__version__, val_accuracy=rows[-1]["val_accuracy"],
-    )  # fmt: skip
-    return TrainingResult(folder.run_id, "done", f"{seconds:.1f} s", str(folder.path))
+    return device, training, validation
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,14 +191,17 @@ def fit(
     *,
     progress: bool = False,
     on_epoch: Callable[[dict[str, float], int], None] | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train and return the model in eval mode and a row of metrics per epoch.
 
     The seed decides initialisation, order, augmentation, input noise and inner attacks; on a CPU with the same number
-    of threads the result repeats bit for bit. Sets the global seed of torch.
+    of threads the result repeats bit for bit, also where ``keeper`` lets it go on from the end of an epoch. Sets the
+    global seed of torch.
 
     Raises:
         DivergedError: At the first loss that is not finite.
+        Interrupted: After a step, if ``keeper`` was asked to end; and what else it raises.
     """
     keep_freed_memory()
     torch.manual_seed(config.seed)
@@ -126,9 +217,11 @@ def fit(
     order = torch.Generator().manual_seed(config.seed)
     noise = torch.Generator(device).manual_seed(config.seed)
     procedure = build_procedure(config.procedure, config.seed, device)
-    rows = []
-    with ProgressBar(config, steps, enabled=progress) as bar:
-        for epoch in range(1, config.epochs + 1):
+    generators = {"order": order, "noise": noise, **procedure.generators()}
+    state = TrainingState(run_id(config), model, optimizers, schedules, generators)
+    rows = keeper.begin(state) if keeper is not None else []
+    with ProgressBar(config, steps, enabled=progress, finished=len(rows)) as bar:
+        for epoch in range(len(rows) + 1, config.epochs + 1):
             began = time.perf_counter()
             model.train()
             guard = FiniteLoss(epoch, steps, device)
@@ -147,6 +240,8 @@ def fit(
                 guard.record(value)
                 correct += (logits.argmax(dim=1) == labels).sum()
                 bar.step(epoch, guard)
+                if keeper is not None:
+                    keeper.step()
             guard.check()
             seen = steps * config.batch_size
             val_loss, val_accuracy = measure(model, validation, config.precision)
@@ -163,6 +258,8 @@ def fit(
             bar.epoch(row)
             if on_epoch is not None:
                 on_epoch(row, epoch)
+            if keeper is not None:
+                keeper.epoch(state, rows)
     return model.eval(), rows
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from drs.config import TrainConfig, loss_label, loss_weight, run_id
+from drs.config import TrainConfig, run_id
 from drs.errors import DivergedError
+from drs.jobs import short_title
 
 CHECK_EVERY = {"cpu": 1}
 """After how many steps the loss is looked at; on an accelerator each look waits for the device."""
@@ -51,14 +52,14 @@ class FiniteLoss:
 class ProgressBar:
     """Loss, accuracy and time left; a bar in a terminal, one line at the end elsewhere."""
 
-    def __init__(self, config: TrainConfig, steps: int, *, enabled: bool) -> None:
-        weight = f" b={loss_weight(config.loss):g}" if loss_weight(config.loss) else ""
-        self.title = f"{config.data.name} {config.model.name} {loss_label(config)}{weight} seed {config.seed}"
+    def __init__(self, config: TrainConfig, steps: int, *, enabled: bool, finished: int = 0) -> None:
+        self.title = short_title(config)
         self.enabled = enabled
         self.terminal = enabled and sys.stderr.isatty()
         self.bar = tqdm(
-            total=steps * config.epochs, desc=self.title, leave=False, disable=not self.terminal, mininterval=0.2,
-            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            total=steps * config.epochs, initial=steps * finished, desc=self.title, leave=False,
+            disable=not self.terminal, mininterval=0.2, dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
         self.run_id = run_id(config)
         self.epochs = config.epochs

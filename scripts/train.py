@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.config import train_config
 from drs.entrypoint import report_mistakes, run_entrypoint
+from drs.jobs import run_job
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -24,11 +25,10 @@ from drs.entrypoint import report_mistakes, run_entrypoint
 def main(config: DictConfig) -> object:
     """Train the model that the config describes."""
     typed = train_config(config)
-    from drs.training import train  # torch is not needed to refuse a config
-
-    result = train(typed)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    result = run_job(typed, in_sweep=in_sweep)
     # In a sweep the line of the last epoch is enough for a training that went well.
-    if result.state != "done" or not typed.progress or HydraConfig.get().mode == RunMode.RUN:
+    if result.state != "done" or not typed.progress or not in_sweep:
         print(f"{result.state}: run {result.run_id} ({result.detail}) in {result.folder}", flush=True)
     return result
 

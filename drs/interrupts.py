@@ -1,0 +1,59 @@
+"""Signals that ask a program to end: at once, or at the next moment at which its work can be kept."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from drs.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def interrupt_on_termination() -> None:
+    """Make SIGTERM raise ``Interrupted`` in the main thread, as SIGINT raises ``KeyboardInterrupt``."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+class Deferred:
+    """Whether the program was asked to end."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` if it was."""
+        if self.number:
+            raise Interrupted(self.number)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.number:
+            raise Interrupted(number)  # asked twice: whatever is running takes too long
+        self.number = number
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Deferred]:
+    """Within the block SIGINT and SIGTERM wait for ``check``; a second one does not.
+
+    Outside the main thread, which alone can, no signal is deferred.
+    """
+    deferred = Deferred()
+    if threading.current_thread() is not threading.main_thread():
+        yield deferred
+        return
+    # A signal that is ignored stays ignored, such as SIGINT in a job that a shell runs in the background.
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, deferred._receive)
+    try:
+        yield deferred
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
