@@ -176,10 +176,6 @@ def write_cache(spec: DatasetSpec, split: str, arrays: Arrays, cache: Path) -> N
     images, labels = arrays
     path = cache_path(cache, spec.name, split)
     digests = np.array([array_digest(images), array_digest(labels)])
-    try:
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, images=images, labels=labels, sha256=digests)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); data.cache=FOLDER or DRS_CACHE=FOLDER chooses another place"
-        ) from None
+    elsewhere = "data.cache=FOLDER or DRS_CACHE=FOLDER chooses another place"
+    with atomic_write(path, elsewhere) as temporary, temporary.open("wb") as file:
+        np.savez(file, images=images, labels=labels, sha256=digests)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,15 +13,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from drs.errors import UserError
+from drs.errors import Interrupted, UserError
+from drs.interrupts import interrupt_on_termination
 from drs.sweeper import register_plugins
 
 
 def run_entrypoint(main: Callable[[], object]) -> None:
     """Run a ``hydra.main`` function.
 
-    A ``UserError`` or a config that Hydra refuses ends in ``error: <one line>`` and exit status 2; an interrupt in
-    130. Anything else is a defect and keeps its traceback.
+    A ``UserError`` or a config that Hydra refuses ends in ``error: <one line>`` and exit status 2; SIGINT in 130 and
+    SIGTERM in 143, without a traceback. Anything else is a defect and keeps its own.
     """
     # OpenMP threads that spin while they wait stall training several times over as soon as another program wants a
     # core; sleeping ones do not. It is read when torch is first imported, and never overrides the user's own choice.
@@ -28,15 +30,16 @@ def run_entrypoint(main: Callable[[], object]) -> None:
     # With this set Hydra raises what went wrong, rather than printing it over several lines and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_plugins()
+    interrupt_on_termination()
     try:
         main()
     except UserError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_one_line(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT))
 
 
 def report_mistakes(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:

@@ -12,18 +12,23 @@ from drs.errors import UserError
 
 CURES = {
     errno.ENOSPC: "free some space on that disk",
-    errno.EDQUOT: "free some space in your quota",
+    errno.EDQUOT: "free some of your quota",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
 }
-"""What to do about a file that cannot be written; for other reasons, a folder that can be written."""
+"""What to do about a file that cannot be written; for other reasons, another folder."""
+RESULTS_ELSEWHERE = "results_dir=FOLDER or DRS_RESULTS=FOLDER chooses another place"
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, elsewhere: str = RESULTS_ELSEWHERE) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an exception.
 
     A reader sees the old file or the new one, never half of either. After an exception nothing is left behind.
     Missing parent folders are made.
+
+    Args:
+        path: The file.
+        elsewhere: How the user chooses another folder, for the error.
 
     Raises:
         UserError: If the system does not let the file be written: a full disk, a folder that is read-only.
@@ -33,13 +38,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with _atomic_write(path) as temporary:
             yield temporary
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, elsewhere) from error
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError, elsewhere: str = RESULTS_ELSEWHERE) -> UserError:
     """Return the error that says in one line why ``path`` cannot be written, and what to do about it."""
-    cure = CURES.get(error.errno or 0, "make its folder one that you can write to, or choose another")
-    return UserError(f"{path}: cannot be written ({error.strerror or error}); {cure}")
+    cure = CURES.get(error.errno or 0)
+    return UserError(
+        f"{path}: cannot be written ({error.strerror or error}); {f'{cure}, or ' if cure else ''}{elsewhere}"
+    )
 
 
 @contextmanager
