@@ -21,8 +21,8 @@ from drs.sweeper import register_plugins
 def run_entrypoint(main: Callable[[], object]) -> None:
     """Run a ``hydra.main`` function.
 
-    A ``UserError`` or a config that Hydra refuses ends in ``error: <one line>`` and exit status 2; SIGINT in 130 and
-    SIGTERM in 143, without a traceback. Anything else is a defect and keeps its own.
+    A ``UserError`` or a config that Hydra refuses ends in ``error: <one line>`` and exit status 2, or 1 where jobs of
+    a sweep failed; SIGINT in 130 and SIGTERM in 143, without a traceback. Anything else is a defect and keeps its own.
     """
     # OpenMP threads that spin while they wait stall training several times over as soon as another program wants a
     # core; sleeping ones do not. It is read when torch is first imported, and never overrides the user's own choice.
@@ -34,7 +34,7 @@ def run_entrypoint(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        fail(str(error))
+        fail(str(error), error.exit_status)
     except (HydraException, OmegaConfBaseException) as error:
         fail(_one_line(error))
     except KeyboardInterrupt as interrupt:
@@ -55,15 +55,15 @@ def report_mistakes(task: Callable[[DictConfig], object]) -> Callable[[DictConfi
         except UserError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            fail(str(error))
+            fail(str(error), error.exit_status)
 
     return wrapped
 
 
-def fail(message: str) -> NoReturn:
-    """Print ``error: <message>`` on one line and exit with status 2."""
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Print ``error: <message>`` on one line and exit with ``status``."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _one_line(error: BaseException) -> str:

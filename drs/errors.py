@@ -7,8 +7,16 @@ class UserError(Exception):
     """A mistake in a config, a file or a request, told in one line.
 
     The message names what was wrong, where it came from and what would be right. Entrypoints print it as
-    ``error: <message>`` and exit with status 2, without a traceback.
+    ``error: <message>`` and exit with its ``exit_status``, without a traceback.
     """
+
+    exit_status = 2
+
+
+class SweepError(UserError):
+    """Jobs of a sweep failed, which have been told of."""
+
+    exit_status = 1
 
 
 class DamagedFileError(UserError):

@@ -1,18 +1,32 @@
 """What worker processes of a sweep and of an evaluation share."""
 
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
 
 PARENT_CHECK_SECONDS = 0.5
+GRACE_SECONDS = 20.0
+"""How long a worker that is asked to end may take to finish a step of its training and to keep it."""
 
 
-def end_with_parent(parent: int) -> None:
-    """End this process soon after the process ``parent`` has ended, however that came about; returns at once."""
-    threading.Thread(target=_wait_for, args=(parent,), daemon=True).start()
+def end_with_parent(parent: int, is_busy: Callable[[], bool] = lambda: False) -> None:
+    """End this process soon after the process ``parent`` has ended, however that came about; returns at once.
+
+    Args:
+        parent: The process.
+        is_busy: Whether this process is at something that SIGTERM makes it keep; it gets the time to.
+    """
+    threading.Thread(target=_wait_for, args=(parent, is_busy), daemon=True).start()
 
 
-def _wait_for(parent: int) -> None:
+def _wait_for(parent: int, is_busy: Callable[[], bool]) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_SECONDS)
+    if is_busy():
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + GRACE_SECONDS
+        while is_busy() and time.monotonic() < end:
+            time.sleep(0.05)
     os._exit(1)

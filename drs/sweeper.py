@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import ListConfig, OmegaConf
 
@@ -88,6 +89,32 @@ def job_error(job: JobReturn) -> Exception:
         error.add_note(f"Overrides of the job: {' '.join(job.overrides or [])}")
         return error
     raise ValueError("the job has not failed")
+
+
+def launch_in_turn(
+    launcher: BasicLauncher, jobs: Sequence[Sequence[str]], first: int, *, fail_fast: bool
+) -> list[JobReturn]:
+    """Run jobs one after the other and return a result for each, in order.
+
+    Args:
+        launcher: Hydra's own, set up.
+        jobs: Their overrides.
+        first: The number of the first.
+        fail_fast: Stop at the first that fails; the status of those after it stays UNKNOWN.
+    """
+    returns: list[JobReturn] = []
+    for position, job in enumerate(jobs):
+        returns += launcher.launch([job], initial_job_idx=first + position)
+        if fail_fast and has_failed(returns[-1]):
+            break
+    return returns + [JobReturn() for _ in range(len(jobs) - len(returns))]
+
+
+def has_failed(job: JobReturn) -> bool:
+    """Return whether a job raised an error, or returned one as its result."""
+    if job.status == JobStatus.COMPLETED:
+        return bool(job.return_value.state == "failed")
+    return bool(job.status == JobStatus.FAILED)
 
 
 def core_count() -> int:

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.utils import JobStatus
 from omegaconf import ListConfig, OmegaConf
 
 from drs.config import run_id, train_config
-from drs.sweeper import expand_grid, job_error
+from drs.sweep_outcome import Job, run_sweep
+from drs.sweeper import expand_grid, launch_in_turn
 
 
 class GridSweeper(BasicSweeper):
@@ -18,27 +19,20 @@ class GridSweeper(BasicSweeper):
         self.grid = grid or []
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run the sweep and return its jobs' results; the last line printed counts done, skipped and failed."""
+        """Run the sweep to its end and return its jobs' results (``drs.sweep_outcome``)."""
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         grid = OmegaConf.to_container(self.grid) if isinstance(self.grid, ListConfig) else self.grid
-        jobs = expand_grid(grid, arguments)
-        seen: dict[str, list[str]] = {}
-        for job in jobs:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
-            seen.setdefault(run_id(train_config(config)), job)
-        print(f"{len(seen)} trainings", flush=True)
-        returns = self.launcher.launch(list(seen.values()), initial_job_idx=0)
-        errors = [job for job in returns if job.status == JobStatus.FAILED]
-        results = [job.return_value for job in returns if job.status == JobStatus.COMPLETED]
-        states = [result.state for result in results]
-        failed = [result for result in results if result.state == "failed"]
-        print(
-            f"{states.count('done')} done, {states.count('skipped')} skipped (finished before), "
-            f"{len(failed)} diverged, {len(errors)} stopped by an error",
-            flush=True,
-        )
-        for result in failed:
-            print(f"  {result.detail} ({result.folder})")
-        if errors:
-            raise job_error(errors[0])
-        return results
+        jobs: dict[str, Job] = {}
+        for overrides in expand_grid(grid, arguments):
+            config = train_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
+            jobs.setdefault(run_id(config), Job(overrides, config))
+        print(f"{len(jobs)} trainings", flush=True)
+        fail_fast = any(job.config.fail_fast for job in jobs.values())
+        return run_sweep(jobs, lambda overrides: self._launch(overrides, fail_fast), fail_fast=fail_fast)
+
+    def _launch(self, overrides: list[list[str]], fail_fast: bool) -> Any:
+        launcher: Any = self.launcher
+        if isinstance(launcher, BasicLauncher):
+            return launch_in_turn(launcher, overrides, 0, fail_fast=fail_fast)
+        launcher.fail_fast = fail_fast
+        return launcher.launch(overrides, initial_job_idx=0)

@@ -14,10 +14,11 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
+from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -27,9 +28,17 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from tqdm import tqdm
 
-from drs.errors import UserError
-from drs.processes import end_with_parent
-from drs.sweeper import job_error, register_plugins, threads_each, threads_text, worker_count
+from drs.errors import Interrupted, UserError
+from drs.processes import GRACE_SECONDS, end_with_parent
+from drs.sweeper import (
+    has_failed,
+    job_error,
+    launch_in_turn,
+    register_plugins,
+    threads_each,
+    threads_text,
+    worker_count,
+)
 
 
 @dataclass
@@ -57,10 +66,18 @@ class Finished:
 
 
 class ParallelLauncher(JoblibLauncher):
-    """Runs ``n_jobs`` jobs at a time, each with its share of the cores as threads, and prints as each one ends."""
+    """Runs ``n_jobs`` jobs at a time, each with its share of the cores as threads, and prints as each one ends.
+
+    Attributes:
+        fail_fast: Whether the first job that fails ends the others.
+    """
+
+    fail_fast = False
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run all jobs and return their results in the order of ``job_overrides``; a failed job stops no other.
+        """Run all jobs and return their results in the order of ``job_overrides``.
+
+        A failed job stops no other, unless ``fail_fast`` is set: then those that it stopped have the status UNKNOWN.
 
         Raises:
             UserError: For an ``n_jobs`` that is no number of workers, or if the system ended a worker.
@@ -79,6 +96,7 @@ class ParallelLauncher(JoblibLauncher):
             workers, initializer=_start_worker, initargs=(os.getpid(),), env={"OMP_NUM_THREADS": str(threads)}
         )
         results: dict[int, JobReturn] = {}
+        places: dict[Any, int] = {}
         progress = _Progress(len(job_overrides), workers)
         state = Singleton.get_state()
         try:
@@ -92,8 +110,12 @@ class ParallelLauncher(JoblibLauncher):
                 }  # fmt: skip
             for future in as_completed(places):
                 finished = future.result()
+                if finished is None:
+                    raise Interrupted(signal.SIGTERM)  # of which this process need not have heard yet
                 results[places[future]] = finished.result
                 progress.show(finished)
+                if self.fail_fast and has_failed(finished.result):
+                    break
         except BrokenProcessPool as error:
             raise UserError(
                 f"hydra.launcher.n_jobs={self.joblib['n_jobs']}: the system ended one of {workers} workers, most "
@@ -101,14 +123,32 @@ class ParallelLauncher(JoblibLauncher):
             ) from error
         finally:
             # Nothing is left to wait for here, unless something went wrong.
-            executor.shutdown(kill_workers=len(results) < len(job_overrides))
-        return [results[place] for place in range(len(job_overrides))]
+            stopped = len(results) < len(job_overrides)
+            try:
+                if stopped:
+                    _end_workers(executor, places)
+            finally:
+                executor.shutdown(kill_workers=stopped)
+        return [results.get(place, JobReturn()) for place in range(len(job_overrides))]
 
     def _launch_serially(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert self.hydra_context is not None and self.config is not None and self.task_function is not None
         basic = BasicLauncher()
         basic.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)
-        return basic.launch(job_overrides, initial_job_idx)
+        return launch_in_turn(basic, job_overrides, initial_job_idx, fail_fast=self.fail_fast)
+
+
+def _end_workers(executor: Any, jobs: Collection[Any]) -> None:
+    """Ask the workers to end, and give their trainings the time to finish a step and to be kept."""
+    from joblib.externals.loky import wait
+
+    for job in jobs:
+        job.cancel()
+    for worker in list((executor._processes or {}).values()):
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGTERM)
+    # Workers that have ended their job stay until the pool is shut down: it kills all others when one goes by itself.
+    wait([job for job in jobs if not job.cancelled()], timeout=GRACE_SECONDS)
 
 
 class _Progress:
@@ -161,11 +201,38 @@ def _start_worker(parent: int) -> None:
     register_plugins()
     # tqdm shares its lock with other processes by default; the system keeps such a one when a worker is killed.
     tqdm.set_lock(threading.RLock())
-    end_with_parent(parent)
+    signal.signal(signal.SIGTERM, _Work.end)
+    end_with_parent(parent, lambda: _Work.running)
 
 
-def _run_job(execute_job: Callable[..., JobReturn], *arguments: Any) -> Finished:
-    """Run one job inside a worker; keep its output, and the traceback of a defect, for the parent to print."""
+class _Work:
+    """What a worker is doing."""
+
+    running = False
+    ending = False
+
+    @classmethod
+    def end(cls, number: int, _: FrameType | None) -> None:
+        """Interrupt the job that is running, and run no other."""
+        cls.ending = True
+        if cls.running:
+            raise Interrupted(number)
+
+
+def _run_job(execute_job: Callable[..., JobReturn], *arguments: Any) -> Finished | None:
+    """Run one job inside a worker; None once the worker was asked to end."""
+    _Work.running = True
+    try:
+        return None if _Work.ending else _finish_job(execute_job, *arguments)
+    except Interrupted:
+        _Work.ending = True
+        return None
+    finally:
+        _Work.running = False
+
+
+def _finish_job(execute_job: Callable[..., JobReturn], *arguments: Any) -> Finished:
+    """Run one job; keep its output, and the traceback of a defect, for the parent to print."""
     output, errors, started = StringIO(), StringIO(), time.monotonic()
     with redirect_stdout(output), redirect_stderr(errors):
         result = execute_job(*arguments)
