@@ -261,7 +261,7 @@ def test_claim_that_someone_deleted_is_lost(tmp_path: Path) -> None:
 def test_claim_where_nothing_can_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "claim", tmp_path / "file" / "run" / "claim"):
-        said = r"claim: cannot be written \((Not a directory|File exists)\); results_dir=FOLDER or DRS_RESULTS=FOLDER chooses"
+        said = r"claim: cannot be written \((Not a directory|File exists)\); results_dir=FOLDER or DRS_RESULTS="
         with pytest.raises(UserError, match=said), claim(path, "work"):
             pass
 

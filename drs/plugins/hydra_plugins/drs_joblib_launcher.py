@@ -164,8 +164,8 @@ class _Progress:
         """Print a finished job's output after ``job i of n``."""
         self.finished += 1
         failed = job.result.status == JobStatus.FAILED
-        # A job that was done before takes no time and says nothing about the others.
-        if not failed and job.result.return_value.state != "skipped":
+        # A job that was done before or put off takes no time and says nothing about the others.
+        if not failed and job.result.return_value.state in ("done", "diverged"):
             self.seconds.append(job.seconds)
         lines = job.output.splitlines() + (["stopped by an error"] if failed else [])
         print(f"job {self.finished} of {self.count}{self.time_left()}: " + "\n  ".join(lines), flush=True)
