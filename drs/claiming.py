@@ -116,10 +116,13 @@ class Claim:
         self._heart.join()
         os.close(self._handle)
         try:
-            end, _ = _create(self._link.successor, _myself(self._link.owner.patience))
+            end = os.open(self._link.successor, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except OSError:
             # Taken over, or the folder cannot be written: then the claim ends with this process.
             return
+        # Who it is matters only if this process dies in the next moment, and a full disk is no reason to keep a claim.
+        with contextlib.suppress(OSError):
+            os.write(end, _line(_myself(self._link.owner.patience)))
         os.close(end)
         for path in [*(link.path for link in self._chain), self._link.successor]:
             with contextlib.suppress(OSError):
@@ -194,7 +197,7 @@ def _acquire(path: Path, what: str, watch: bool) -> Claim:
 def _create(path: Path, owner: Owner) -> tuple[int, int]:
     """Create a claim; return its open file and the place of the sign of life in it."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    line = json.dumps(asdict(owner)).encode() + b"\n"
+    line = _line(owner)
     try:
         os.write(handle, line + b"%012d\n" % 0)
         os.fsync(handle)
@@ -203,6 +206,10 @@ def _create(path: Path, owner: Owner) -> tuple[int, int]:
         path.unlink(missing_ok=True)
         raise
     return handle, len(line)
+
+
+def _line(owner: Owner) -> bytes:
+    return json.dumps(asdict(owner)).encode() + b"\n"
 
 
 def _chain(root: Path) -> list[_Link]:

@@ -17,7 +17,22 @@ def interrupt_on_termination() -> None:
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number)
+    if is_first_request():
+        raise Interrupted(number)
+
+
+_requested = False
+
+
+def is_first_request() -> bool:
+    """Return whether this process had not been asked to end before; from now on it has.
+
+    A batch system that ends a job asks each of its processes, and a sweep its workers once more. The second request
+    must not disturb what the first one has set off.
+    """
+    global _requested
+    first, _requested = not _requested, True
+    return first
 
 
 class Deferred:
@@ -32,14 +47,15 @@ class Deferred:
             raise Interrupted(self.number)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.number:
-            raise Interrupted(number)  # asked twice: whatever is running takes too long
-        self.number = number
+        is_first_request()
+        if self.number and number == signal.SIGINT:
+            raise Interrupted(number)  # somebody presses the keys again: the step takes too long
+        self.number = self.number or number
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Deferred]:
-    """Within the block SIGINT and SIGTERM wait for ``check``; a second one does not.
+    """Within the block SIGINT and SIGTERM wait for ``check``; a second SIGINT does not.
 
     Outside the main thread, which alone can, no signal is deferred.
     """

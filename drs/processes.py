@@ -5,10 +5,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
+
+from drs.errors import Interrupted
+from drs.interrupts import is_first_request
 
 PARENT_CHECK_SECONDS = 0.5
 GRACE_SECONDS = 20.0
 """How long a worker that is asked to end may take to finish a step of its training and to keep it."""
+
+
+class Work:
+    """What this worker is doing. Kept here, because Hydra imports a plugin again and so gives it new variables."""
+
+    running = False
+    ending = False
+
+    @classmethod
+    def end(cls, number: int, _: FrameType | None) -> None:
+        """Handle a signal: interrupt the job that is running, and run no other."""
+        cls.ending = True
+        if is_first_request() and cls.running:
+            raise Interrupted(number)
 
 
 def end_with_parent(parent: int, is_busy: Callable[[], bool] = lambda: False) -> None:

@@ -19,6 +19,7 @@ from drs import keeping, training
 from drs.claiming import claim
 from drs.config import PROJECT_ROOT, TrainConfig
 from drs.errors import Interrupted, UserError
+from drs.interrupts import deferred_interrupts
 from drs.jobs import CLAIM_FILE
 from drs.keeping import STATE_FILE, Keeper
 from drs.runs import RunFolder, run_folder
@@ -268,24 +269,35 @@ def test_run_of_another_process_is_left_alone(tmp_path: Path) -> None:
 TRAIN = [sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), "data=digits", "model=mlp", "loss=ce", "study=s"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_the_entrypoint_saves_and_exits(tmp_path: Path, number: signal.Signals) -> None:
+def test_termination_of_the_entrypoint_saves_and_exits(tmp_path: Path) -> None:
     environment = {**os.environ, "DRS_RESULTS": str(tmp_path), "DRS_CACHE": str(tmp_path / "data")}
-    # A wall clock that jumps while a training runs is seen nowhere but in two times of its status.
     command = [*TRAIN, "epochs=100000", "save_seconds=0.1"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 60
         while not list(tmp_path.glob("s/runs/*/" + STATE_FILE)) and time.monotonic() < end:
             time.sleep(0.05)
-        process.send_signal(number)
+        process.terminate()
         _, errors = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert (process.returncode, errors) == (128 + number, "interrupted\n")
+    assert (process.returncode, errors) == (143, "interrupted\n")
     (folder,) = (tmp_path / "s" / "runs").iterdir()
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "interrupted"
     metrics = pd.read_csv(folder / "metrics.csv")
     assert status["epoch"] == len(metrics) == len(load_snapshot(folder / STATE_FILE).rows) > 0
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv", STATE_FILE, "status.json"]
+
+
+def test_second_request_to_end_disturbs_nothing_unless_it_comes_from_the_keyboard() -> None:
+    with deferred_interrupts() as deferred:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted) as caught:
+            deferred.check()
+        assert caught.value.number == signal.SIGTERM
+        with pytest.raises(Interrupted) as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert caught.value.number == signal.SIGINT

@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
-from types import FrameType
 from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
@@ -29,7 +28,7 @@ from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 from tqdm import tqdm
 
 from drs.errors import Interrupted, UserError
-from drs.processes import GRACE_SECONDS, end_with_parent
+from drs.processes import GRACE_SECONDS, Work, end_with_parent
 from drs.sweeper import (
     has_failed,
     job_error,
@@ -201,34 +200,20 @@ def _start_worker(parent: int) -> None:
     register_plugins()
     # tqdm shares its lock with other processes by default; the system keeps such a one when a worker is killed.
     tqdm.set_lock(threading.RLock())
-    signal.signal(signal.SIGTERM, _Work.end)
-    end_with_parent(parent, lambda: _Work.running)
-
-
-class _Work:
-    """What a worker is doing."""
-
-    running = False
-    ending = False
-
-    @classmethod
-    def end(cls, number: int, _: FrameType | None) -> None:
-        """Interrupt the job that is running, and run no other."""
-        cls.ending = True
-        if cls.running:
-            raise Interrupted(number)
+    signal.signal(signal.SIGTERM, Work.end)
+    end_with_parent(parent, lambda: Work.running)
 
 
 def _run_job(execute_job: Callable[..., JobReturn], *arguments: Any) -> Finished | None:
     """Run one job inside a worker; None once the worker was asked to end."""
-    _Work.running = True
+    Work.running = True
     try:
-        return None if _Work.ending else _finish_job(execute_job, *arguments)
+        return None if Work.ending else _finish_job(execute_job, *arguments)
     except Interrupted:
-        _Work.ending = True
+        Work.ending = True
         return None
     finally:
-        _Work.running = False
+        Work.running = False
 
 
 def _finish_job(execute_job: Callable[..., JobReturn], *arguments: Any) -> Finished:
