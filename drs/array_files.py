@@ -71,7 +71,5 @@ def load_arrays_file(path: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError, struct.error, OverflowError,
             MemoryError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DamagedFileError(
-            path, f"not a whole array file ({reason}); the next evaluation computes it again"
-        ) from None
+        raise DamagedFileError(path, f"not a whole array file ({reason}); the evaluation computes it again") from None
     return arrays

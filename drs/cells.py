@@ -4,18 +4,22 @@ An attack without a bound has one cell. A cell's file name carries a fingerprint
 changed setting makes a new cell and an unchanged one is kept.
 """
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from drs.array_files import load_arrays_file
 from drs.attack_config import AttackConfig, ProjectedConfig, SanityConfig, TransferConfig
 from drs.attacks import is_bounded
 from drs.attacks.contract import SLACK
 from drs.config import TrainConfig, fingerprint, identity, loss_label
+from drs.errors import DamagedFileError
+from drs.integrity import CHECKPOINT
 from drs.losses import LOSSES
 from drs.runs import RunFolder
 from drs.suite_config import (
@@ -171,6 +175,29 @@ def _cell(
     label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
     path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
     return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after)
+
+
+def recorded_weights(run: RunFolder) -> str | None:
+    """Return the SHA-256 of a run's checkpoint as its status has it, or None where it has none."""
+    digest = run.status().get("files", {}).get(CHECKPOINT, {}).get("sha256")
+    return None if digest is None else str(digest)
+
+
+def read_cells(run: RunFolder, cells: Sequence[Cell]) -> dict[Path, dict[str, np.ndarray]]:
+    """Return the arrays of some cells of a run, by path.
+
+    Raises:
+        DamagedFileError: If one is not what was written, or was made from other weights than the run has now: those
+            of a training that was done again, on another machine perhaps.
+    """
+    weights = recorded_weights(run)
+    result = {}
+    for cell in cells:
+        arrays = result[cell.path] = load_arrays_file(cell.path)
+        used = json.loads(str(arrays["about"])).get("weights")
+        if None not in (used, weights) and used != weights:
+            raise DamagedFileError(cell.path, "was made from other weights than the run has now; computing it again")
+    return result
 
 
 def by_run(cells: list[Cell]) -> Iterator[tuple[RunFolder, list[Cell]]]:

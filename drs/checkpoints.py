@@ -8,8 +8,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from drs.config import TrainConfig
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
+from drs.integrity import RETRAIN
 from drs.models import build_model
 
 
@@ -31,18 +32,17 @@ def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
     """Load a safetensors checkpoint into ``model``.
 
     Raises:
-        UserError: If the file is missing, unreadable, or does not hold just the tensors that ``model`` needs.
+        DamagedFileError: If the file is missing or unreadable.
+        UserError: If it does not hold just the tensors that ``model`` needs.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing; delete the run's folder to train it again")
+        raise DamagedFileError(path, f"is missing; {RETRAIN}")
     try:
         with safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get("architecture", "an unnamed architecture")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); delete the run's folder to train it again"
-        ) from None
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(path, f"not a whole safetensors file ({error}); {RETRAIN}") from None
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if wanted != given:

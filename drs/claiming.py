@@ -27,6 +27,7 @@ from pathlib import Path
 
 from drs.errors import UserError
 from drs.files import unwritable
+from drs.processes import has_ended, process_place, read_process
 
 PATIENCE_SECONDS = 60.0
 """How long another machine must have seen no sign of life of an owner before it takes over; ``DRS_CLAIM_PATIENCE``."""
@@ -167,7 +168,7 @@ def _acquire(path: Path, what: str, watch: bool) -> Claim:
         if chain and not _is_dead(chain[-1]):
             end = chain[-1]
             beats = (end.path, end.content)
-            if not watch or end.owner.place == _place() or (watched is not None and watched != beats):
+            if not watch or end.owner.place == process_place() or (watched is not None and watched != beats):
                 raise ClaimedElsewhere(
                     f"{what}: {end.owner} is at work on it; wait for that, or end that process ({end.path})"
                 )
@@ -246,8 +247,8 @@ _seen: dict[Path, tuple[bytes, float]] = {}
 
 def _is_dead(link: _Link) -> bool:
     owner = link.owner
-    if owner.place is not None and owner.place == _place():
-        gone = _has_ended(owner.pid, owner.started)
+    if owner.place is not None and owner.place == process_place():
+        gone = has_ended(owner.pid, owner.started)
         if gone is not None:
             return gone
     now = time.monotonic()
@@ -258,44 +259,12 @@ def _is_dead(link: _Link) -> bool:
     return now - since > owner.patience
 
 
-def _has_ended(pid: int, started: str | None) -> bool | None:
-    """Return whether a process of this machine is gone; None where the system does not let that be seen."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    found = _process(pid)
-    if found is None:
-        return None
-    state, began = found
-    return state in "ZX" or began != started
-
-
-def _process(pid: int) -> tuple[str, str] | None:
-    """Return a process's state, a letter, and when it started, in ticks; None where /proc does not have it."""
-    try:
-        # The name, in brackets, may hold anything; what comes after it does not.
-        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return values[0], values[19]
-
-
-def _place() -> str | None:
-    """Return the running kernel and the process namespace: where a process number means one process."""
-    try:
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{kernel} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
 def _myself(patience: float) -> Owner:
     pid = os.getpid()
-    found = _process(pid)
-    return Owner(socket.gethostname(), pid, found[1] if found else None, _place(), secrets.token_hex(8), patience)
+    found = read_process(pid)
+    return Owner(
+        socket.gethostname(), pid, found[1] if found else None, process_place(), secrets.token_hex(8), patience
+    )
 
 
 def _patience() -> float:

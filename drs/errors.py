@@ -36,6 +36,10 @@ class DamagedFileError(UserError):
         return type(self), (self.path, self.reason)  # a worker process hands it to its parent
 
 
+class UnwritableError(UserError):
+    """The system does not let a file be written; whatever is written next to it will fare no better."""
+
+
 class DivergedError(Exception):
     """Training met a loss that is not finite.
 

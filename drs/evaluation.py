@@ -1,168 +1,235 @@
 """Every finished run of a study x every attack of a suite -> per-sample arrays, one file a cell."""
 
-import multiprocessing
-import os
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from drs.allocator import keep_freed_memory
-from drs.cells import Cell, plan_cells
-from drs.config import EvaluateConfig
+from drs.cells import Cell, plan_cells, read_cells
+from drs.claiming import ClaimedElsewhere, ClaimLost, claim
+from drs.config import EvaluateConfig, TrainConfig, run_id
 from drs.device import choose_device
+from drs.errors import DamagedFileError, UnwritableError, UserError
+from drs.evaluation_workers import Progress, count_workers, worker_pool
+from drs.files import remove_leftovers
 from drs.filling import fill_cell
-from drs.processes import end_with_parent
-from drs.runs import RunFolder, finished_runs, study_folder
+from drs.integrity import CONFIG, METRICS, check_files
+from drs.run_failures import RunFailure, forget_failure, record_failure
+from drs.runs import RunFolder, finished_runs, iterate_runs, study_folder
 
-MAX_WORKERS = 4
-"""Processes that evaluate at once unless a config asks for more: each holds torch and the test images, some 0.5 GB."""
+POLL_SECONDS = 1.0
+"""How often an evaluation looks whether a run that another one is at work on has become free."""
 
 
 @dataclass(frozen=True)
 class StudyEvaluation:
-    """What ``evaluate_study`` did: all cells of the study, and how many of them were computed now."""
+    """What ``evaluate_study`` did.
+
+    Attributes:
+        folder: The study's.
+        cells: All cells of the runs that are evaluated in full.
+        computed: How many cells were computed now.
+        failures: The finished runs that could not be evaluated.
+    """
 
     folder: Path
     cells: list[Cell]
     computed: int
+    failures: list[RunFailure]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run: evaluated, failed, or left to another evaluation that is at work on it."""
+
+    run: RunFolder
+    computed: int = 0
+    seconds: float = 0.0
+    failure: RunFailure | None = None
+    elsewhere: bool = False
 
 
 def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     """Attack every finished run of a study with every attack of the suite; only missing cells are computed.
 
+    Several evaluations of one study share its runs: one that another is at work on is put off, and what is still
+    missing of it when that is over is computed here. A run that fails is recorded in its folder and in the result, and
+    the others go on; with ``fail_fast`` it ends the evaluation.
+
     Raises:
-        UserError: For a study without finished runs, a damaged checkpoint, a broken model or a broken attack. What
-            was finished before it stays.
+        UserError: For a study without finished runs, files that cannot be written, and where no run can be evaluated
+            for one and the same reason. What was finished before it stays.
     """
     keep_freed_memory()
     study = study_folder(config.results_dir, config.study)
-    runs = finished_runs(study)
+    known, failures = read_runs(study)
     device = choose_device(config.device)
-    configs = {run: run.config() for run in runs}
-    cells = {run.run_id: plan_cells(run, config.suite, configs) for run in runs}
-    missing = {name: [cell for cell in planned if not cell.path.exists()] for name, planned in cells.items()}
-    total = sum(len(planned) for planned in missing.values())
-    todo = [(run, missing[run.run_id]) for run in runs if missing[run.run_id]]
+    damaged = {failure.run for failure in failures}
+    # A damaged run may still be the source of another's transfer attack: what is planned must not depend on damage.
+    cells = {run: plan_cells(run, config.suite, known) for run in known if run not in damaged}
+    todo = {run: missing for run, planned in cells.items() if (missing := _missing(planned))}
+    total = sum(map(len, todo.values()))
     workers = count_workers(config, device, len(todo))
     share = f", {workers} runs at a time" if workers > 1 else ""
     print(
-        f"{config.study}: {len(runs)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute{share}",
+        f"{config.study}: {len(cells)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute{share}",
         flush=True,
     )
-    with _bar(total, config.progress) as bar:
-        if workers > 1:
-            _evaluate_in_processes(todo, device, workers, config.progress, bar)
-        else:
-            _evaluate_in_turn(todo, device, config.progress, bar)
-    return StudyEvaluation(study, [cell for planned in cells.values() for cell in planned], total)
+    computed = 0
+    with closing(Progress(total, len(todo), config.progress)) as progress:
+        for outcome in _evaluate(todo, device, workers, progress):
+            computed += outcome.computed
+            if outcome.failure is not None:
+                failures.append(outcome.failure)
+                if config.fail_fast:
+                    raise UserError(f"{outcome.failure.error} (fail_fast=true ends the evaluation)")
+    failed = {failure.run for failure in failures}
+    whole = [cell for run, planned in cells.items() if run not in failed for cell in planned]
+    if not whole and failures[0].is_mistake and len({failure.error for failure in failures}) == 1:
+        raise UserError(failures[0].error)
+    return StudyEvaluation(study, whole, computed, failures)
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def read_runs(study: Path) -> tuple[dict[RunFolder, TrainConfig], list[RunFailure]]:
+    """Return the finished runs of a study with their configs, and those of them whose files are damaged.
 
+    A damaged run whose config is whole is in both.
 
-def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> int:
-    """Return how many runs are evaluated at a time: as asked, or on a CPU one for each core, at most ``MAX_WORKERS``.
-
-    Small networks lose more to threads that wait for each other than a second core gives them, so one thread for
-    each of several runs beats several threads for one.
+    Raises:
+        UserError: If the study does not exist or has no finished run.
     """
-    wanted = config.workers
-    if wanted is None:
-        wanted = min(available_cores(), MAX_WORKERS) if device.type == "cpu" else 1
-    return max(1, min(wanted, n_runs))
+    configs: dict[RunFolder, TrainConfig] = {}
+    failures = []
+    for run in iterate_runs(study):
+        config = None
+        try:
+            status = run.status()
+            if status.get("state") != "done":
+                continue
+            recorded = status.get("files", {})
+            check_files(run.path, recorded, (CONFIG,))
+            config = configs[run] = run.config()
+            check_files(run.path, recorded, (METRICS,))
+            if run.run_id != run_id(config):
+                # A copy under another name would count as a model of its own.
+                raise UserError(f"{run.path}: the id of its config is {run_id(config)}; a run's folder is named by it")
+        except UserError as error:
+            failures.append(RunFailure(run, config, "its files", str(error)))
+    if not configs and not failures:
+        finished_runs(study)  # says what there is instead
+    return configs, failures
 
 
-def _evaluate_in_turn(
-    todo: list[tuple[RunFolder, list[Cell]]], device: torch.device, progress: bool, bar: "tqdm[Any]"
-) -> None:
-    lines = _Lines(len(todo), progress and bool(bar.disable))
-    for position, (run, planned) in enumerate(todo, 1):
-        model = run.load_model(device)
-        began = time.perf_counter()
+def redo_damaged(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEvaluation:
+    """Delete the cells of a study that are not what was written, say so, and compute them again."""
+    by_run: dict[RunFolder, list[Cell]] = {}
+    for cell in evaluation.cells:
+        by_run.setdefault(cell.run, []).append(cell)
+    for run, planned in by_run.items():
         for cell in planned:
-            bar.set_postfix_str(
-                f"run {position}/{len(todo)} {cell.train.data.name} {cell.train.loss.name} {cell.title}"
-            )
-            fill_cell(cell, model, device)
-            bar.update()
-        lines.finished(time.perf_counter() - began)
+            try:
+                read_cells(run, [cell])
+            except DamagedFileError as error:
+                print(error, flush=True)
+                cell.path.unlink(missing_ok=True)
+    return evaluate_study(config)
 
 
-def _evaluate_run(run: RunFolder, cells: list[Cell], device_name: str, threads: int) -> float:
-    """Fill the cells of one run in a worker process; return the seconds it took."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    device = torch.device(device_name)
-    began = time.perf_counter()
-    model = run.load_model(device)
-    for cell in cells:
-        fill_cell(cell, model, device)
-    return time.perf_counter() - began
+def _missing(cells: list[Cell]) -> list[Cell]:
+    return [cell for cell in cells if not cell.path.exists()]
 
 
-def _evaluate_in_processes(
-    todo: list[tuple[RunFolder, list[Cell]]], device: torch.device, workers: int, progress: bool, bar: "tqdm[Any]"
-) -> None:
-    lines = _Lines(len(todo), progress and bool(bar.disable))
-    threads = max(1, available_cores() // workers)
-    with _pool(workers) as pool:
-        futures: dict[Future[float], int] = {
-            pool.submit(_evaluate_run, run, planned, str(device), threads): len(planned) for run, planned in todo
-        }
-        for future in as_completed(futures):
-            seconds = future.result()
-            bar.update(futures[future])
-            lines.finished(seconds)
+def _evaluate(
+    todo: dict[RunFolder, list[Cell]], device: torch.device, workers: int, progress: Progress
+) -> Iterator[Outcome]:
+    """Yield the outcome of every run, first of those that are free, then of those that another evaluation had."""
+    said = False
+    with _caller(workers, progress) as call:
+        while todo:
+            put_off = []
+            for outcome in call([(run, cells, device) for run, cells in todo.items()]):
+                if outcome.elsewhere:
+                    put_off.append(outcome.run)
+                    continue
+                if workers > 1:
+                    progress.advance(len(todo[outcome.run]))
+                verb = "could not evaluate" if outcome.failure else "evaluated"
+                progress.finished(verb, outcome.seconds)
+                yield outcome
+            if put_off and not said:
+                print(f"waiting for {len(put_off)} runs that another evaluation is at work on", flush=True)
+                said = True
+            if put_off:
+                time.sleep(POLL_SECONDS)
+            todo = {run: todo[run] for run in put_off}
+
+
+Call = Callable[[list[tuple[Any, ...]]], Iterator[Outcome]]
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield worker processes; after an error or an interrupt they are stopped at once, and no cell is half written."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+def _caller(workers: int, progress: Progress) -> Iterator[Call]:
+    """Yield what calls ``evaluate_run``: in worker processes, or here if there is to be one at a time."""
+
+    def in_turn(tasks: list[tuple[Any, ...]]) -> Iterator[Outcome]:
+        for run, cells, device in tasks:
+            yield evaluate_run(run, cells, device, progress)
+
+    with worker_pool(workers) if workers > 1 else nullcontext() as pool:
+        yield in_turn if pool is None else lambda tasks: pool(evaluate_run, tasks)
+
+
+def evaluate_run(run: RunFolder, cells: list[Cell], device: torch.device, progress: Progress | None = None) -> Outcome:
+    """Compute those of a run's cells that are missing, up to the first that fails, under the run's claim.
+
+    Raises:
+        UnwritableError: If results cannot be written, which no other run will fare better with.
+    """
+    began = time.perf_counter()
+    computed, where = 0, "its checkpoint"
     try:
-        yield pool
-    except BaseException:
-        for process in (getattr(pool, "_processes", None) or {}).values():
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+        with claim(run.path / "eval" / ".claim", f"the evaluation of run {run.run_id}") as held:
+            try:
+                remove_leftovers(run.path / "eval")
+                queue = _missing(cells)
+                model = run.load_model(device) if queue else None
+                for cell in queue:
+                    where = cell.title
+                    if progress is not None:
+                        progress.show(f"{cell.train.data.name} {cell.train.loss.name} {cell.title}")
+                    assert model is not None
+                    computed += _fill(cell, model, device, held.check)
+                    if progress is not None:
+                        progress.advance(1)
+            except (UnwritableError, ClaimLost):
+                raise
+            except Exception as error:  # whatever it is, it is this run's: recorded, told, and the others go on
+                failure = record_failure(run, cells[0].train, where, error)
+                return Outcome(run, computed, time.perf_counter() - began, failure)
+            forget_failure(run)
+    except (ClaimedElsewhere, ClaimLost):
+        return Outcome(run, computed, elsewhere=True)
+    return Outcome(run, computed, time.perf_counter() - began)
 
 
-def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
-    end_with_parent(parent)
-
-
-class _Lines:
-    """A line per finished run, with the time left, where there is no terminal for a bar."""
-
-    def __init__(self, total: int, enabled: bool) -> None:
-        self.total = total
-        self.enabled = enabled
-        self.done = 0
-        self.began = time.perf_counter()
-
-    def finished(self, seconds: float) -> None:
-        self.done += 1
-        if self.enabled:
-            left = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
-            print(f"evaluated run {self.done}/{self.total} ({seconds:.0f} s), about {left:.0f} s left", flush=True)
-
-
-def _bar(total: int, enabled: bool) -> "tqdm[Any]":
-    terminal = enabled and sys.stderr.isatty()
-    layout = "attacks {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"
-    return tqdm(total=total, disable=not terminal, dynamic_ncols=True, leave=False, bar_format=layout)
+def _fill(cell: Cell, model: torch.nn.Module, device: torch.device, before_writing: Callable[[], None]) -> int:
+    """Compute a cell, and first again what is damaged of those that it builds on; return how many were computed."""
+    redone: list[Path] = []
+    while True:
+        try:
+            fill_cell(cell, model, device, before_writing)
+        except DamagedFileError as error:
+            earlier = next((other for other in cell.after if other.path == error.path), None)
+            if earlier is None or earlier.path in redone:
+                raise
+            print(error, flush=True)
+            earlier.path.unlink(missing_ok=True)
+            redone.append(earlier.path)
+            _fill(earlier, model, device, before_writing)
+        else:
+            return 1 + len(redone)

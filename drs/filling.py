@@ -3,6 +3,7 @@
 import functools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +17,10 @@ from drs.attacks import build_attack, run_attack
 from drs.attacks.contract import predict
 from drs.attacks.probes import run_probes
 from drs.batches import in_batches
-from drs.cells import LOGIT_BATCH, Cell, standing_at
+from drs.cells import LOGIT_BATCH, Cell, recorded_weights, standing_at
 from drs.config import DataConfig, project_path
 from drs.data import LabelledImages, load_test_split
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 
 
 @functools.lru_cache(maxsize=2)
@@ -49,7 +50,9 @@ def clean_logits(model: nn.Module, data: LabelledImages, source: str) -> tuple[t
     return torch.cat(parts), size
 
 
-def fill_cell(cell: Cell, model: nn.Module, device: torch.device) -> float:
+def fill_cell(
+    cell: Cell, model: nn.Module, device: torch.device, before_writing: Callable[[], None] | None = None
+) -> float:
     """Compute a cell and write its arrays; return the seconds it took.
 
     Every cell has ``indices`` (sample ids), ``labels`` and ``about`` (JSON). An attack adds ``logits`` (of the
@@ -57,6 +60,8 @@ def fill_cell(cell: Cell, model: nn.Module, device: torch.device) -> float:
     pixel units) and ``attacked``; where it attacked only what cells before it left standing, the other samples keep
     the logits and the distance with which the first of those fooled the model. The sanity checks add ``standing``
     ``[P, N]``, in the order of ``about["probes"]``, and ``gradient_norm``.
+
+    ``before_writing`` is called when all is computed; what it raises keeps the arrays from being written.
 
     Where a GPU's memory ran out the batch was halved, and ``about["batch_halved"]`` says from what to what: random
     starts are drawn batch by batch and torchattacks' CW stops on the total over a batch, so that the same cell comes
@@ -73,6 +78,7 @@ def fill_cell(cell: Cell, model: nn.Module, device: torch.device) -> float:
         "epsilon_label": cell.epsilon.label,
         "device": device.type,
         "torch": torch.__version__,
+        "weights": recorded_weights(cell.run),
     }
     try:
         if isinstance(cell.config, AttackConfig):
@@ -84,11 +90,15 @@ def fill_cell(cell: Cell, model: nn.Module, device: torch.device) -> float:
         else:
             logits, size = clean_logits(model, data, "clean images")
             arrays = {"logits": logits.numpy(), "distance": np.zeros(len(data))}
+    except DamagedFileError:
+        raise
     except UserError as error:
         raise UserError(f"{source}, {cell.title}: {error}") from None
     if size < cell.batch_size:
         about["batch_halved"] = {"from": cell.batch_size, "to": size}
     about["seconds"] = seconds = time.perf_counter() - began
+    if before_writing is not None:
+        before_writing()
     save_arrays(
         cell.path,
         indices=indices.astype(np.int32),

@@ -3,11 +3,13 @@
 import time
 import traceback
 from dataclasses import dataclass
+from typing import Any
 
 from drs.claiming import Claim, ClaimedElsewhere, ClaimLost
 from drs.config import TrainConfig, loss_label, loss_weight
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
+from drs.integrity import SMALL_BYTES, check_files
 from drs.runs import RunFolder, run_folder
 
 CLAIM_FILE = "claim"
@@ -45,13 +47,14 @@ def short_title(config: TrainConfig) -> str:
 def settled(config: TrainConfig) -> TrainingResult | None:
     """Return the result of a training that needs no work any more, None for any other.
 
-    A diverged run is a result: the same seed would diverge again.
-
-    Raises:
-        UserError: If the run's status cannot be read.
+    A diverged run is a result: the same seed would diverge again. A finished one whose files are not what its status
+    vouches for is trained again; a large checkpoint is told by its size here, and by its digest when it is loaded.
     """
     folder = run_folder(config)
-    status = folder.status()
+    try:
+        status = _checked_status(folder)
+    except DamagedFileError:
+        return None
     if status.get("state") == "done":
         state, detail = "skipped", "already done"
     elif status.get("reason") == "diverged":
@@ -118,8 +121,20 @@ def record_failure(folder: RunFolder, held: Claim, error: Exception) -> None:
         return
 
 
-def said_before(status: dict[str, object]) -> str | None:
+def _checked_status(folder: RunFolder) -> dict[str, Any]:
+    """Return a run's status; ``DamagedFileError`` if it, or a file that it vouches for, is not what was written."""
+    status = folder.status()
+    if status.get("state") == "done":
+        check_files(folder.path, status.get("files", {}), hash_up_to=SMALL_BYTES)
+    return status
+
+
+def said_before(folder: RunFolder) -> str | None:
     """Return what is to be said of a run that has been started before, None of a new one."""
+    try:
+        status = _checked_status(folder)
+    except DamagedFileError as error:
+        return f"trains again: {error.path.name} is damaged ({error.reason.partition(';')[0]})"
     state = status.get("state")
     if state == "failed":
         return f"retrying: failed before with {status.get('error') or status.get('reason')}"

@@ -1,10 +1,11 @@
-"""What worker processes of a sweep and of an evaluation share."""
+"""Processes: workers that end with their parent, and whether a process of this machine is still there."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from drs.errors import Interrupted
@@ -48,3 +49,42 @@ def _wait_for(parent: int, is_busy: Callable[[], bool]) -> None:
         while is_busy() and time.monotonic() < end:
             time.sleep(0.05)
     os._exit(1)
+
+
+def has_ended(pid: int, started: str | None) -> bool | None:
+    """Return whether a process of this machine is gone; None where the system does not let that be seen.
+
+    Args:
+        pid: Its number.
+        started: When it started, as ``read_process`` tells it; process numbers are used again.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    found = read_process(pid)
+    if found is None:
+        return None
+    state, began = found
+    return state in "ZX" or began != started
+
+
+def read_process(pid: int) -> tuple[str, str] | None:
+    """Return a process's state, a letter, and when it started, in ticks; None where /proc does not have it."""
+    try:
+        # The name, in brackets, may hold anything; what comes after it does not.
+        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return values[0], values[19]
+
+
+def process_place() -> str | None:
+    """Return the running kernel and the process namespace: where a process number means one process; or None."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{kernel} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None

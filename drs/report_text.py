@@ -104,16 +104,14 @@ def failures_section(failures: pd.DataFrame, models: pd.DataFrame) -> str:
     out = models[is_excluded(models)]
     headers = ["group", "loss", "seed", "reason"]
     failed_rows = [
-        [group_name(r.data, r.model), escape(setting_label(str(r.loss), float(r.loss_weight))), whole(r.seed)]
-        + [escape(r.reason) + ("" if pd.isna(r.epoch) else f" (epoch {whole(r.epoch)})")]
+        [*_who(r), escape(r.reason) + ("" if pd.isna(r.epoch) else f" (epoch {whole(r.epoch)})")]
         for r in records(failures)
     ]
-    out_rows = [
-        [group_name(r.data, r.model), escape(setting_label(str(r.loss), float(r.loss_weight))), whole(r.seed)]
-        + [f"{escape(r.excluded)} (clean {percent(r.clean_accuracy)} %)"]
-        for r in records(out)
-    ]
-    failed = f"{count(len(failures), 'run')} failed and enter{'s' if len(failures) == 1 else ''} no table as a model."
+    out_rows = [[*_who(r), f"{escape(r.excluded)} (clean {percent(r.clean_accuracy)} %)"] for r in records(out)]
+    failed = (
+        f"{count(len(failures), 'run')} failed, or {'has' if len(failures) == 1 else 'have'} no whole evaluation, and "
+        f"enter{'s' if len(failures) == 1 else ''} no table as a model."
+    )
     kept_out = (
         f"{len(out)} of {count(len(models), 'finished model')} {'is' if len(out) == 1 else 'are'} excluded from "
         "correlations, claims and means, and listed here."
@@ -126,6 +124,15 @@ def failures_section(failures: pd.DataFrame, models: pd.DataFrame) -> str:
             *([table(headers, out_rows, align="llrl")] if out_rows else []),
         ]
     )
+
+
+def _who(row: Any) -> list[str]:
+    """Return group, loss and seed of a run, or its id where its config cannot be read."""
+    if pd.isna(row.data):
+        return [f"run {escape(str(row.run_id))}", NONE, NONE]
+    return [
+        group_name(row.data, row.model), escape(setting_label(str(row.loss), float(row.loss_weight))), whole(row.seed)
+    ]  # fmt: skip
 
 
 def limits_section(tables: Tables, strong_suite: bool) -> str:
@@ -203,6 +210,13 @@ def scoring_section(provenance: dict[str, Any]) -> str:
         parts.append(f"Attacked samples: {escape(_value(n_attacked))}.")
     if n_decisive := provenance.get("n_decisive"):
         parts.append(f"Samples of the attacks at the decisive epsilons: {escape(_value(n_decisive))}.")
+    if halved := provenance.get("batches_halved"):
+        rows = [[escape(cell), escape(sizes)] for cell, sizes in halved.items()]
+        parts.append(
+            "A GPU's memory ran out under these attacks, and they went on in smaller batches. Random starts are drawn "
+            "batch by batch and CW (torchattacks) stops on the total over a batch, so that these figures need not "
+            "repeat exactly on another machine.\n\n" + table(["run and attack", "samples per batch"], rows, align="l")
+        )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")
     return "\n\n".join(parts)

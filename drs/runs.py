@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from drs.config import TrainConfig, project_path, run_id, train_config
 from drs.config_checks import check_study
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
+from drs.integrity import CHECKPOINT, RETRAIN, check_files, describe_files, has_changed, with_checksum
 
 if TYPE_CHECKING:
     import torch
@@ -38,32 +41,43 @@ class RunFolder:
         """Return ``status.json`` (``state`` is running, done or failed), or an empty dict where there is none.
 
         Raises:
-            UserError: If the file is not a JSON object.
+            DamagedFileError: If the file is not a JSON object with the checksum that it was written with.
         """
         path = self.path / "status.json"
         if not path.exists():
             return {}
         try:
-            status = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); delete the run's folder to train it again") from None
+            status = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise DamagedFileError(path, f"not JSON ({reason}); {RETRAIN}") from None
         if not isinstance(status, dict):
-            raise UserError(f"{path}: a JSON object is required; delete the run's folder to train it again")
+            raise DamagedFileError(path, f"a JSON object is required; {RETRAIN}")
+        if has_changed(status):
+            raise DamagedFileError(path, f"its content has changed since it was written; {RETRAIN}")
         return status
 
     def write_status(self, **content: Any) -> None:
-        """Replace ``status.json``."""
-        write_json(self.path / "status.json", content)
+        """Replace ``status.json``, with its checksum."""
+        write_json(self.path / "status.json", with_checksum(content))
 
     def config(self) -> TrainConfig:
         """Return the run's own config; ``UserError`` where it is missing or does not fit the schema."""
         path = self.path / "config.yaml"
         if not path.exists():
-            raise UserError(f"{path} is missing; delete the run's folder to train it again")
+            raise DamagedFileError(path, f"is missing; {RETRAIN}")
         try:
+            if "${" in path.read_text():
+                # An interpolation could put what this machine's environment holds into a config of elsewhere.
+                raise DamagedFileError(path, f"holds an interpolation, but values are what was written; {RETRAIN}")
             return train_config(OmegaConf.load(path))  # type: ignore[arg-type]
+        except DamagedFileError:
+            raise
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        except (OSError, ValueError, AttributeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DamagedFileError(path, f"not a config ({reason}); {RETRAIN}") from None
 
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.yaml``, every value of it."""
@@ -79,6 +93,10 @@ class RunFolder:
         with atomic_write(self.path / "metrics.csv") as temporary:
             temporary.write_text(text.getvalue())
 
+    def describe_files(self) -> dict[str, dict[str, Any]]:
+        """Return size and SHA-256 of the files that a finished training leaves, for its status."""
+        return describe_files(self.path)
+
     def save_weights(self, model: "nn.Module", architecture: str) -> None:
         """Write ``checkpoint.safetensors`` with the architecture's name in its metadata."""
         from drs.checkpoints import save_weights
@@ -89,12 +107,14 @@ class RunFolder:
         """Return the trained model in eval mode, taking pixels in [0,1], ``[B, C, H, W]``.
 
         Raises:
-            UserError: If the checkpoint is missing, unreadable or of another architecture.
+            DamagedFileError: If the checkpoint is missing, unreadable or not the one that was written.
+            UserError: If it is of another architecture.
         """
         import torch
 
         from drs.checkpoints import build_model_of, load_weights
 
+        check_files(self.path, self.status().get("files", {}), (CHECKPOINT,))
         config = self.config()
         model = build_model_of(config)
         load_weights(model, self.path / "checkpoint.safetensors", config.model.name)
@@ -107,9 +127,21 @@ def run_folder(config: TrainConfig) -> RunFolder:
 
 
 def study_folder(results_dir: str, study: str) -> Path:
-    """Return ``results/<study>``; ``UserError`` for a name that is not one path component."""
+    """Return ``results/<study>``.
+
+    The results folder itself may be a link to another disk; a study may not, so that no name leads out of it.
+
+    Raises:
+        UserError: For a name that is not one path component, or a study that is a link to somewhere else.
+    """
     check_study(study)
-    return project_path(results_dir) / study
+    folder = project_path(results_dir) / study
+    if folder.is_symlink() and folder.resolve().parent != folder.parent:
+        raise UserError(
+            f"study={study}: {folder} is a link to {folder.resolve()}, outside of {folder.parent}; name the folder "
+            "that it is in as results_dir=FOLDER instead"
+        )
+    return folder
 
 
 def iterate_runs(study: Path) -> Iterator[RunFolder]:

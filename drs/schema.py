@@ -198,4 +198,5 @@ class EvaluateConfig:
     progress: bool = True
     timing: bool = True
     workers: int | None = None
+    fail_fast: bool = False
     grid: list[dict[str, Any]] = field(default_factory=list)

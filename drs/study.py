@@ -1,35 +1,62 @@
 """A study's cells -> all its tables and its provenance."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 from drs.cells import by_run
+from drs.claiming import ClaimedElsewhere, claim
 from drs.claims import decide_claims
 from drs.comparators import comparator_table
 from drs.config import EvaluateConfig, fingerprint
 from drs.correlation import correlation_table
 from drs.device import choose_device
-from drs.evaluation import StudyEvaluation
-from drs.files import sha256_of
+from drs.errors import DamagedFileError, UserError
+from drs.evaluation import POLL_SECONDS, StudyEvaluation, redo_damaged
+from drs.files import remove_leftovers, sha256_of
 from drs.granulated import granulated_table
 from drs.paired import paired_difference_table
 from drs.partial import partial_correlation_table
 from drs.provenance import describe_study
 from drs.runs import iterate_runs, write_json
-from drs.tables import attack_times, build_tables, busy_seconds, training_times, write_tables
+from drs.tables import attack_times, build_tables, busy_seconds, halved_batches, training_times, write_tables
 from drs.timing import COLUMNS as TIMING_COLUMNS
 from drs.timing import update_timing
 
 STAMP = "tables/.made-from.json"
 
 
+@contextmanager
+def only_writer(study: Path) -> Iterator[None]:
+    """Hold the claim on a study's tables, figures and report; wait while another evaluation writes them."""
+    said = False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(claim(study / "tables" / ".claim", f"the tables of {study.name}"))
+                break
+            except ClaimedElsewhere as error:
+                if not said:
+                    print(f"waiting: {error}", flush=True)
+                said = True
+                time.sleep(POLL_SECONDS)
+        for folder in (study, study / "tables", study / "figures"):
+            remove_leftovers(folder)
+        yield
+
+
 def _made_from(evaluation: StudyEvaluation, config: EvaluateConfig) -> dict[str, str]:
     """Return what decides a study's tables: its cells, the states of its runs, the suite and this package's code."""
     code = {path.name: sha256_of(path) for path in sorted(Path(__file__).parent.rglob("*.py"))}
-    states = {run.run_id: run.status() for run in iterate_runs(evaluation.folder)}
+    failures = {failure.run.run_id: failure.error for failure in evaluation.failures}
+    states = {
+        run.run_id: failures.get(run.run_id) or run.status() for run in iterate_runs(evaluation.folder)
+    }  # fmt: skip
     # A file's size and time stand for its content here; the content itself is checked when it is read.
     cells = [(str(cell.path), cell.path.stat().st_size, cell.path.stat().st_mtime_ns) for cell in evaluation.cells]
     return {
@@ -44,7 +71,7 @@ def _made_from(evaluation: StudyEvaluation, config: EvaluateConfig) -> dict[str,
 def is_current(evaluation: StudyEvaluation, config: EvaluateConfig) -> bool:
     """Return whether tables and report were made from just these cells, settings and code."""
     stamp = evaluation.folder / STAMP
-    if evaluation.computed or not stamp.exists() or not (evaluation.folder / "REPORT.md").exists():
+    if not stamp.exists() or not (evaluation.folder / "REPORT.md").exists():
         return False
     return bool(json.loads(stamp.read_text()) == _made_from(evaluation, config))
 
@@ -54,16 +81,27 @@ def mark_current(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
     write_json(evaluation.folder / STAMP, _made_from(evaluation, config))
 
 
-def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
+def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEvaluation:
     """Write every table of a study and its ``provenance.json``.
 
+    Returns:
+        The evaluation, or the one that followed where cells were damaged and had to be computed again.
+
     Raises:
-        UserError: If an array file of a cell is damaged.
+        UserError: If a file is damaged again after that, or cannot be written.
     """
+    try:
+        tables, abouts = build_tables(evaluation.cells, config.suite, evaluation.folder, evaluation.failures)
+    except DamagedFileError:
+        evaluation = redo_damaged(evaluation, config)
+        if not evaluation.cells:
+            raise UserError(
+                f"study={config.study}: no run could be evaluated: {evaluation.failures[0].error}"
+            ) from None
+        tables, abouts = build_tables(evaluation.cells, config.suite, evaluation.folder, evaluation.failures)
     study = evaluation.folder
     (study / STAMP).unlink(missing_ok=True)
     device = choose_device(config.device)
-    tables = build_tables(evaluation.cells, config.suite, study)
     trained = [planned[0].train for _, planned in by_run(evaluation.cells)]
     path = study / "tables" / "timing.csv"
     known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=TIMING_COLUMNS)
@@ -88,7 +126,8 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
     )
     write_tables(study, tables)
     train_seconds = busy_seconds(training_times(study))
-    write_json(
-        study / "provenance.json",
-        describe_study(config, trained, train_seconds, busy_seconds(attack_times(evaluation.cells)), device),
-    )
+    provenance = describe_study(config, trained, train_seconds, busy_seconds(attack_times(abouts)), device)
+    if halved := halved_batches(abouts):
+        provenance["batches_halved"] = halved
+    write_json(study / "provenance.json", provenance)
+    return evaluation

@@ -3,6 +3,8 @@
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from drs.array_files import load_arrays_file
 from drs.attack_config import AttackConfig
-from drs.cells import Cell, by_run
+from drs.cells import Cell, by_run, read_cells
 from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
+from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 from drs.landing import landing_row, mean_matrices
 from drs.model_rows import read_model
-from drs.runs import iterate_runs
+from drs.run_failures import RunFailure
+from drs.runs import RunFolder, iterate_runs
 from drs.sample_correlation import sample_correlation_rows
 from drs.sanity import failed_checks, sanity_rows
 from drs.suite_config import SuiteConfig, suite_epsilons
@@ -39,20 +42,31 @@ def describe(run_id: str, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str, pd.DataFrame]:
+def build_tables(
+    cells: list[Cell], suite: SuiteConfig, study: Path, failures: Sequence[RunFailure] = ()
+) -> tuple[dict[str, pd.DataFrame], dict[Path, dict[str, Any]]]:
     """Reduce a study's arrays to its tables, all but the correlations, differences and claims.
 
     Args:
         cells: Every cell of the study, computed.
         suite: The suite they belong to.
-        study: The study's folder, for training metrics and failed runs.
+        study: The study's folder, for training metrics and runs without a model.
+        failures: Finished runs that could not be evaluated.
+
+    Returns:
+        The tables by name, and what each cell says about itself, by its path.
+
+    Raises:
+        DamagedFileError: If the file of a cell is not what was written.
     """
+    abouts: dict[Path, dict[str, Any]] = {}
     models, accuracy, worst, sanity, landing, samples, training = [], [], [], [], [], [], []
     profiles: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
     matrices: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
     for run, planned in by_run(cells):
         config = planned[0].train
-        arrays = {cell.path: load_arrays_file(cell.path) for cell in planned}
+        arrays = read_cells(run, planned)
+        abouts |= {path: json.loads(str(found["about"])) for path, found in arrays.items()}
         named = describe(run.run_id, config)
         clean = arrays[planned[0].path]
         reading = read_model(named, planned, arrays, suite)
@@ -79,19 +93,20 @@ def build_tables(cells: list[Cell], suite: SuiteConfig, study: Path) -> dict[str
                 rows = sample_correlation_rows(clean, found)
                 samples += [{**named, "attack": cell.attack, **row, **state} for row in rows]
         training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
-    failures = pd.DataFrame(_failures(study), columns=[*_NAMES, "reason", "epoch"])
-    return {
+    missing = pd.DataFrame(_missing_models(study, failures), columns=[*_NAMES, "reason", "epoch"])
+    tables = {
         "models": _ordered(pd.DataFrame(models)),
         "accuracy": _ordered(pd.DataFrame(accuracy)),
         "worst_case": _ordered(pd.DataFrame(worst, columns=WORST_COLUMNS)),
         "sanity": _ordered(pd.DataFrame(sanity, columns=SANITY_COLUMNS)),
-        "sample_correlations": _ordered(pd.DataFrame(samples)),
+        "sample_correlations": _ordered(pd.DataFrame(samples, columns=None if samples else SAMPLE_COLUMNS)),
         "softmax_profile": pd.DataFrame(_profile_rows(profiles)),
         "landing": _ordered(pd.DataFrame(landing)),
         "landing_matrices": mean_matrices(_one_weight(matrices)),
         "training": _ordered(pd.concat(training, ignore_index=True)),
-        "failures": failures,
+        "failures": missing,
     }
+    return tables, abouts
 
 
 _NAMES = ["run_id", "data", "model", "loss", "loss_weight", "seed"]
@@ -102,6 +117,10 @@ WORST_COLUMNS = [
 SANITY_COLUMNS = [
     *_NAMES, "check", "figure", "threshold", "passed", "n", "epsilon_label", "detail", "excluded",
 ]  # fmt: skip
+
+
+SAMPLE_COLUMNS = [*_NAMES, "attack", "statistic", "n", "n_not_found", "coefficient", "excluded"]
+"""Of a study without an attack that looks for the smallest perturbation; others have intervals besides."""
 
 
 def _group(named: dict[str, Any]) -> tuple[Any, ...]:
@@ -156,30 +175,59 @@ def _profile_rows(profiles: dict[tuple[Any, ...], list[np.ndarray]]) -> list[dic
     return rows
 
 
-def _failures(study: Path) -> list[dict[str, Any]]:
+def _missing_models(study: Path, failures: Sequence[RunFailure]) -> list[dict[str, Any]]:
+    """Return a row for each run that is no model of any table, with the reason."""
+    unevaluated = {failure.run: failure for failure in failures}
     rows = []
     for run in iterate_runs(study):
+        if run in unevaluated:
+            failure = unevaluated[run]
+            rows.append({**_name(run, failure.config), "reason": f"not evaluated: {failure.error}"})
+            continue
         status = run.status()
-        if status.get("state") == "failed":
-            rows.append(
-                {**describe(run.run_id, run.config()), "reason": status.get("reason"), "epoch": status.get("epoch")}
-            )
+        state, reason = status.get("state"), status.get("reason")
+        if state == "failed" and status.get("error"):
+            reason = f"{reason}: {str(status['error']).strip().splitlines()[-1]}"
+        elif state != "failed":
+            reason = f"not finished ({state})"
+        if state != "done":
+            rows.append({**_name(run, None), "reason": reason, "epoch": status.get("epoch")})
     return rows
+
+
+def _name(run: RunFolder, config: TrainConfig | None) -> dict[str, Any]:
+    """Describe a run without a model; of one whose config cannot be read only the id is known."""
+    try:
+        return describe(run.run_id, config or run.config())
+    except UserError:
+        return {"run_id": run.run_id}
 
 
 def training_times(study: Path) -> list[tuple[float, float]]:
     """Return when each finished run of a study began and ended, in seconds since the epoch."""
-    statuses = [run.status() for run in iterate_runs(study)]
-    return [(status["started"], status["finished"]) for status in statuses if status.get("state") == "done"]
-
-
-def attack_times(cells: list[Cell]) -> list[tuple[float, float]]:
-    """Return when each cell began and ended, from the seconds it recorded and the time of its file."""
     times = []
-    for cell in cells:
-        ended = cell.path.stat().st_mtime
-        times.append((ended - json.loads(str(load_arrays_file(cell.path)["about"]))["seconds"], ended))
+    for run in iterate_runs(study):
+        with suppress(DamagedFileError):  # listed with the runs that are no models
+            status = run.status()
+            if status.get("state") == "done":
+                times.append((status["started"], status["finished"]))
     return times
+
+
+def attack_times(abouts: dict[Path, dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return when each cell began and ended, from the seconds that it recorded and the time of its file."""
+    ends = {path: path.stat().st_mtime for path in abouts}
+    return [(ended - abouts[path]["seconds"], ended) for path, ended in ends.items()]
+
+
+def halved_batches(abouts: dict[Path, dict[str, Any]]) -> dict[str, str]:
+    """Return which cells were computed in smaller batches because a GPU's memory ran out, with the sizes."""
+    return {
+        f"{path.parent.parent.name} {about['attack']}@{about['epsilon_label']}":
+            f"{about['batch_halved']['from']} to {about['batch_halved']['to']}"
+        for path, about in abouts.items()
+        if "batch_halved" in about
+    }  # fmt: skip
 
 
 def busy_seconds(times: list[tuple[float, float]]) -> float:

@@ -21,6 +21,7 @@ from drs.config import DataConfig, OptimConfig, TrainConfig, identity, project_p
 from drs.data import LabelledImages, iterate_batches, load_training_split
 from drs.device import choose_device
 from drs.errors import DivergedError, Interrupted, UserError
+from drs.files import remove_leftovers
 from drs.interrupts import deferred_interrupts
 from drs.jobs import CLAIM_FILE, ERROR_LOG, TrainingResult, record_failure, said_before, settled, short_title
 from drs.keeping import STATE_FILE, Keeper
@@ -69,7 +70,8 @@ def _train_claimed(
     config: TrainConfig, folder: RunFolder, held: Claim, prepared: _Prepared | None, began: float
 ) -> TrainingResult:
     try:
-        if said := said_before(folder.status()):
+        remove_leftovers(folder.path)
+        if said := said_before(folder):
             print(f"run {folder.run_id}: {said}", flush=True)
         device, training, validation = prepared or _prepare(config)
         held.check()
@@ -120,6 +122,7 @@ def _finish(
     folder.write_status(
         state="done", **_span(began, rows[: keeper.resumed]), train_seconds=seconds, epochs=config.epochs,
         device=device.type, torch=torch.__version__, val_accuracy=rows[-1]["val_accuracy"],
+        files=folder.describe_files(),
     )  # fmt: skip
     _clear(folder)
     return _result(config, folder, "done", f"{seconds:.1f} s", began)

@@ -24,17 +24,23 @@ def main(config: DictConfig) -> None:
     # Imported late: torch is not needed to refuse a config.
     from drs.evaluation import evaluate_study
     from drs.report import draw_figures, write_report
-    from drs.study import is_current, mark_current, write_study
+    from drs.run_failures import end_with_failures
+    from drs.study import is_current, mark_current, only_writer, write_study
 
     evaluation = evaluate_study(typed)
-    if is_current(evaluation, typed):
-        print(f"nothing has changed; the report is {evaluation.folder / 'REPORT.md'}")
-        return
-    write_study(evaluation, typed)
-    figures = draw_figures(evaluation.folder)
-    report = write_report(evaluation.folder)
-    mark_current(evaluation, typed)
-    print(f"{len(figures)} figure files in {evaluation.folder / 'figures'}; report: {report}")
+    if evaluation.cells and not is_current(evaluation, typed):
+        with only_writer(evaluation.folder):
+            if not is_current(evaluation, typed):  # by now another evaluation may have written it all
+                evaluation = write_study(evaluation, typed)
+                figures = draw_figures(evaluation.folder)
+                write_report(evaluation.folder)
+                mark_current(evaluation, typed)
+                print(f"{len(figures)} figure files in {evaluation.folder / 'figures'}", flush=True)
+    elif evaluation.cells:
+        print("nothing has changed", flush=True)
+    if evaluation.cells:
+        print(f"the report is {evaluation.folder / 'REPORT.md'}", flush=True)
+    end_with_failures(evaluation.failures)
 
 
 if __name__ == "__main__":

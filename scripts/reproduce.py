@@ -17,7 +17,6 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -28,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drs.comparison import REFERENCE, comparison_text, machine_name
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_weight
 from drs.entrypoint import fail
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
+from drs.jobs import settled
 from drs.markdown import fixed, interval
 from drs.report import read_provenance
 from drs.runs import run_folder, study_folder
@@ -109,18 +109,26 @@ def make_plan(experiment: str) -> Plan:
     """Read an experiment's configs and the state of its runs; nothing is written.
 
     Raises:
-        UserError: For an unknown experiment, a config that does not fit the schema, or a broken status file.
+        UserError: For an unknown experiment or a config that does not fit the schema.
     """
     jobs = [config for _, config in grid_jobs(experiment)]
-    states = Counter(_state(run_folder(job).status()) for job in jobs)
+    states = Counter(_state(job) for job in jobs)
     register_plugins()
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         suite = evaluate_config(compose("evaluate", [f"experiment={experiment}"])).suite
     return Plan(experiment, study_folder(jobs[0].results_dir, jobs[0].study), jobs, states, suite)
 
 
-def _state(status: dict[str, Any]) -> str:
-    return "diverged" if status.get("reason") == "diverged" else str(status.get("state", "new"))
+def _state(job: TrainConfig) -> str:
+    result = settled(job)
+    if result is not None:
+        return "diverged" if result.state == "diverged" else "done"
+    try:
+        state = str(run_folder(job).status().get("state", "new"))
+    except DamagedFileError:
+        return "damaged"
+    # A run that says that it is done, and still is not settled, lacks something of what it vouches for.
+    return "damaged" if state == "done" else state
 
 
 def training_workers(plan: Plan) -> int:

@@ -17,6 +17,12 @@ from drs.sweeper import register_plugins
 from drs.training import fit
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what tests/test_kills.py is asked for."""
+    parser.addoption("--kills", type=int, default=6, help="how often test_kills.py kills a sweep (50: the long form)")
+    parser.addoption("--kill-seed", type=int, default=0, help="of the moments at which it does")
+
+
 def compose_train(*overrides: str) -> TrainConfig:
     """Compose the training config with overrides, as the entrypoint does."""
     register_plugins()
@@ -54,3 +60,13 @@ def smoke_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command = [sys.executable, str(PROJECT_ROOT / "scripts" / script), "experiment=smoke"]
                 subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return results
+
+
+@pytest.fixture(scope="session")
+def brief_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results folder of three brief trainings, to be copied before it is changed."""
+    from brief_study import train_three
+
+    folder = tmp_path_factory.mktemp("brief")
+    train_three(folder)
+    return folder

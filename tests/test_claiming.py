@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, {str(PROJECT_ROOT)!r})
 from drs import claiming
 if "elsewhere" in sys.argv:
-    claiming._place = lambda: "another machine"
+    claiming.process_place = lambda: "another machine"
 try:
     with claiming.claim(Path(sys.argv[1]), "work") as held:
         print("held", flush=True)

@@ -154,15 +154,22 @@ def test_an_interrupted_step_ends_its_own_processes_first(tmp_path: Path, whole_
     assert process.stdout.read() == "ended by itself\n"
 
 
-def test_unknown_experiment_and_broken_status_are_one_line(results: Path) -> None:
-    job = reproduce.make_plan("smoke").jobs[0]
-    run_folder(job).write_status(state="done")
-    (run_folder(job).path / "status.json").write_text(json.dumps({"state": "done"})[:-4])
-    for name, message in (("nope", "experiment=nope: unknown"), ("smoke", "status.json: not JSON")):
-        command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "--experiment", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+def test_unknown_experiment_is_one_line(results: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "--experiment", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: experiment=nope: unknown") and done.stderr.count("\n") == 1
+
+
+def test_damaged_trainings_are_planned_again(results: Path) -> None:
+    jobs = reproduce.make_plan("smoke").jobs
+    for job in jobs[:3]:
+        run_folder(job).write_status(state="done")
+    (run_folder(jobs[0]).path / "status.json").write_text(json.dumps({"state": "done"})[:-4])
+    lost = {"checkpoint.safetensors": {"bytes": 1, "sha256": "0"}}
+    run_folder(jobs[1]).write_status(state="done", files=lost)
+    plan = reproduce.make_plan("smoke")
+    assert plan.states == {"damaged": 2, "done": 1, "new": 5} and plan.n_left == 7
 
 
 @pytest.mark.parametrize(

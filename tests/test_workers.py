@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 
 from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT, EvaluateConfig, evaluate_config
-from drs.errors import UserError
-from drs.evaluation import available_cores, count_workers, evaluate_study
+from drs.evaluation import evaluate_study
+from drs.evaluation_workers import available_cores, count_workers
 from drs.sweeper import register_plugins
 from drs.training import train
 
@@ -48,13 +48,15 @@ def test_several_processes_find_what_one_finds(results: Path, tmp_path: Path) ->
         assert np.allclose(found["logits"], arrays[2][path]["logits"], atol=1e-3), path
 
 
-def test_a_mistake_in_a_worker_is_told_in_one_line_and_leaves_no_half_cell(results: Path, tmp_path: Path) -> None:
+def test_a_damaged_run_in_a_worker_is_told_in_one_line_and_leaves_no_half_cell(results: Path, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(results, folder)
     damaged = sorted((folder / "s" / "runs").iterdir())[1] / "checkpoint.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(UserError, match="checkpoint.safetensors: not a whole safetensors file"):
-        evaluate_study(configuration(folder, "workers=2"))
+    evaluation = evaluate_study(configuration(folder, "workers=2"))
+    (failure,) = evaluation.failures
+    assert failure.error.startswith(f"{damaged}: has 100 bytes") and "\n" not in failure.error
+    assert evaluation.computed == len(evaluation.cells) == 2 * 10
     for path in folder.rglob("*.npz"):
         load_arrays_file(path)
 

@@ -1,0 +1,115 @@
+"""How an evaluation's runs are spread over worker processes, and what a user sees of it."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from drs.allocator import keep_freed_memory
+from drs.config import EvaluateConfig
+from drs.errors import UserError
+from drs.processes import end_with_parent
+
+MAX_WORKERS = 4
+"""Processes that evaluate at once unless a config asks for more: each holds torch and the test images, some 0.5 GB."""
+
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> int:
+    """Return how many runs are evaluated at a time: as asked, or on a CPU one for each core, at most ``MAX_WORKERS``.
+
+    Small networks lose more to threads that wait for each other than a second core gives them, so one thread for
+    each of several runs beats several threads for one.
+    """
+    wanted = config.workers
+    if wanted is None:
+        wanted = min(available_cores(), MAX_WORKERS) if device.type == "cpu" else 1
+    return max(1, min(wanted, n_runs))
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[Callable[[Callable[..., Result], list[tuple[Any, ...]]], Iterator[Result]]]:
+    """Yield a function that calls another with each of some tuples of arguments, in worker processes.
+
+    It yields the results as they come. After an error or an interrupt the workers are ended at once; whatever they
+    write is whole or not there.
+
+    Raises:
+        UserError: If a worker process is ended from outside.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, available_cores() // workers)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))
+
+    def call(function: Callable[..., Result], tasks: list[tuple[Any, ...]]) -> Iterator[Result]:
+        for future in as_completed([pool.submit(function, *task) for task in tasks]):
+            yield future.result()
+
+    try:
+        yield call
+    except BaseException as error:
+        for process in (getattr(pool, "_processes", None) or {}).values():
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, BrokenExecutor):
+            raise UserError(
+                "a worker process of the evaluation was ended from outside, perhaps for want of memory; what is "
+                "finished is kept: start it again, with workers=1 if need be"
+            ) from None
+        raise
+    pool.shutdown()
+
+
+def _start_worker(parent: int, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
+    end_with_parent(parent)
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
+class Progress:
+    """A bar over cells in a terminal; elsewhere a line per run, with the time left."""
+
+    def __init__(self, n_cells: int, n_runs: int, enabled: bool) -> None:
+        terminal = enabled and sys.stderr.isatty()
+        layout = "attacks {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"
+        self.bar: tqdm[Any] = tqdm(
+            total=n_cells, disable=not terminal, dynamic_ncols=True, leave=False, bar_format=layout
+        )
+        self.lines = enabled and not terminal
+        self.total = n_runs
+        self.done = 0
+        self.began = time.perf_counter()
+
+    def show(self, text: str) -> None:
+        """Say beside the bar what is being computed."""
+        self.bar.set_postfix_str(f"run {self.done + 1}/{self.total} {text}")
+
+    def advance(self, n_cells: int) -> None:
+        """Count cells."""
+        self.bar.update(n_cells)
+
+    def finished(self, verb: str, seconds: float) -> None:
+        """Count a run, which was evaluated, failed, or was left to another evaluation."""
+        self.done += 1
+        if self.lines:
+            left = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
+            print(f"{verb} run {self.done}/{self.total} ({seconds:.0f} s), about {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()

@@ -1,0 +1,24 @@
+"""SIGKILL at random moments of a sweep, its evaluation and its report; ``--kills 50`` is the long form."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).with_name("killing.py")
+
+
+def test_nothing_is_lost_to_kills(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    kills = request.config.getoption("--kills")
+    seed = request.config.getoption("--kill-seed")
+    command = [sys.executable, str(DRIVER), str(tmp_path), "--kills", str(kills), "--seed", str(seed)]
+    # Children are forked: a pool of threads would not survive it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + 60 * kills)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.strip().splitlines()[-1]
+    assert int(summary.split()[0]) >= kills
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{summary}")
