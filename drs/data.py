@@ -1,5 +1,6 @@
 """Verified data as tensors on the device, fixed splits, and augmentation vectorised over the batch."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drs.config import DataConfig, project_path
 from drs.data_cache import DATASETS, SPLITS, Arrays, DatasetSpec, dataset, read_cache
 from drs.data_sources import fetch
 from drs.errors import DamagedFileError, UserError
@@ -22,6 +24,7 @@ __all__ = [
     "fetch_all",
     "iterate_batches",
     "load_arrays",
+    "load_split",
     "load_test_split",
     "load_training_split",
     "random_crop",
@@ -131,6 +134,23 @@ def load_training_split(
             raise UserError(f"data.train_samples={train_samples}: must be between 1 and {len(rest)}")
         rest = rest[:train_samples]
     return _to_tensors(images[rest], labels[rest], device), _to_tensors(images[held_out], labels[held_out], device)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_split(
+    name: str, validation: int, train_samples: int | None, root: str | None, cache: str, device: torch.device
+) -> tuple[LabelledImages, LabelledImages]:
+    training, held_out = load_training_split(
+        name, validation=validation, train_samples=train_samples, root=root, cache=cache, device=device
+    )
+    return training, held_out
+
+
+def load_split(config: DataConfig, device: torch.device) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training and validation images of a data config; a sweep loads the same data once."""
+    return _cached_split(
+        config.name, config.validation, config.train_samples, config.root, str(project_path(config.cache)), device
+    )
 
 
 def load_test_split(

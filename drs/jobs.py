@@ -86,14 +86,15 @@ def run_job(config: TrainConfig, *, in_sweep: bool) -> TrainingResult:
     except ClaimedElsewhere as error:
         if not in_sweep:
             raise
-        return _result(config, "elsewhere", str(error), began)
+        return result_of(config, "elsewhere", str(error), began)
     except Exception as error:
         if not in_sweep:
             raise
-        return _result(config, "failed", last_line(error), began)
+        return result_of(config, "failed", last_line(error), began)
 
 
-def _result(config: TrainConfig, state: str, detail: str, began: float) -> TrainingResult:
+def result_of(config: TrainConfig, state: str, detail: str, began: float) -> TrainingResult:
+    """Return the result of a training that began at ``began``, in ``time.monotonic`` seconds."""
     folder = run_folder(config)
     seconds = time.monotonic() - began
     return TrainingResult(folder.run_id, state, detail, str(folder.path), short_title(config), seconds)

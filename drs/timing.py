@@ -10,9 +10,10 @@ import torch
 
 from drs.checkpoints import build_model_of
 from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
+from drs.data import load_split
 from drs.losses import build_loss
+from drs.optimisation import build_optimizer
 from drs.procedures import Procedure, build_procedure
-from drs.training import build_optimizer, load_split
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 COLUMNS = [

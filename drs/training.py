@@ -1,6 +1,5 @@
 """One training, from a typed config to a finished run folder."""
 
-import functools
 import math
 import sys
 import time
@@ -17,15 +16,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from drs.allocator import keep_freed_memory
 from drs.checkpoints import build_model_of
 from drs.claiming import Claim, ClaimLost, claim
-from drs.config import DataConfig, OptimConfig, TrainConfig, identity, project_path, run_id
-from drs.data import LabelledImages, iterate_batches, load_training_split
+from drs.config import DataConfig, TrainConfig, identity, run_id
+from drs.data import LabelledImages, iterate_batches, load_split
 from drs.device import choose_device
 from drs.errors import DivergedError, Interrupted, UserError
 from drs.files import remove_leftovers
 from drs.interrupts import deferred_interrupts
-from drs.jobs import CLAIM_FILE, ERROR_LOG, TrainingResult, record_failure, said_before, settled, short_title
+from drs.jobs import CLAIM_FILE, ERROR_LOG, TrainingResult, record_failure, result_of, said_before, settled
 from drs.keeping import STATE_FILE, Keeper
 from drs.losses import ClassificationLoss, build_loss
+from drs.optimisation import build_optimizer, build_schedule
 from drs.procedures import Procedure, build_procedure
 from drs.runs import RunFolder, run_folder
 from drs.tracking import open_tracker
@@ -63,7 +63,7 @@ def train(config: TrainConfig, *, in_sweep: bool = False) -> TrainingResult:
                 return result
             return _train_claimed(config, folder, held, prepared, began)
     except ClaimLost as error:
-        return _result(config, folder, "elsewhere", str(error), began)
+        return result_of(config, "elsewhere", str(error), began)
 
 
 def _train_claimed(
@@ -96,7 +96,7 @@ def _train_claimed(
             state="failed", reason="diverged", epoch=error.epoch, step=error.step, detail=str(error), **_span(began, [])
         )
         _clear(folder)
-        return _result(config, folder, "diverged", str(error), began)
+        return result_of(config, "diverged", str(error), began)
     except ClaimLost:
         raise
     except Exception as error:
@@ -125,7 +125,7 @@ def _finish(
         files=folder.describe_files(),
     )  # fmt: skip
     _clear(folder)
-    return _result(config, folder, "done", f"{seconds:.1f} s", began)
+    return result_of(config, "done", f"{seconds:.1f} s", began)
 
 
 def _keep_interrupted(config: TrainConfig, keeper: Keeper, began: float) -> None:
@@ -155,11 +155,6 @@ def _clear(folder: RunFolder) -> None:
         (folder.path / name).unlink(missing_ok=True)
 
 
-def _result(config: TrainConfig, folder: RunFolder, state: str, detail: str, began: float) -> TrainingResult:
-    seconds = time.monotonic() - began
-    return TrainingResult(folder.run_id, state, detail, str(folder.path), short_title(config), seconds)
-
-
 def _prepare(config: TrainConfig) -> _Prepared:
     """Return device, training and validation images; ``UserError`` where they do not fit the config."""
     device = choose_device(config.device)
@@ -167,23 +162,6 @@ def _prepare(config: TrainConfig) -> _Prepared:
     if len(training) < config.batch_size:
         raise UserError(f"batch_size={config.batch_size}: must be at most the {len(training)} training samples")
     return device, training, validation
-
-
-@functools.lru_cache(maxsize=1)
-def _cached_split(
-    name: str, validation: int, train_samples: int | None, root: str | None, cache: str, device: torch.device
-) -> tuple[LabelledImages, LabelledImages]:
-    training, held_out = load_training_split(
-        name, validation=validation, train_samples=train_samples, root=root, cache=cache, device=device
-    )
-    return training, held_out
-
-
-def load_split(config: DataConfig, device: torch.device) -> tuple[LabelledImages, LabelledImages]:
-    """Return the training and validation images of a data config; a sweep loads the same data once."""
-    return _cached_split(
-        config.name, config.validation, config.train_samples, config.root, str(project_path(config.cache)), device
-    )
 
 
 def fit(
@@ -308,34 +286,6 @@ def _step(
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Return the autocast context of a precision, ``float32`` or ``bfloat16``."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build SGD, Adam or AdamW over all parameters, in the form that updates each of them in one pass."""
-    parameters = list(model.parameters())
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov,
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    betas = (config.beta1, config.beta2)
-    return kind(parameters, lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=True)
-
-
-def build_schedule(optimizer: Optimizer, config: OptimConfig, total_steps: int) -> LRScheduler:
-    """Build the learning-rate schedule: constant, cosine to 0, or one linear cycle from 0 to the peak to 0."""
-
-    def factor(step: int) -> float:
-        if config.schedule == "constant":
-            return 1.0
-        if config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0)))
-        peak = config.warmup * total_steps
-        position = step + 1
-        return position / peak if position < peak else max(0.0, (total_steps - step) / (total_steps - peak + 1))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 @torch.no_grad()

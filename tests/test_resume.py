@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,15 @@ def test_termination_of_the_entrypoint_saves_and_exits(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.csv", STATE_FILE, "status.json"]
 
 
-def test_second_request_to_end_disturbs_nothing_unless_it_comes_from_the_keyboard() -> None:
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Let SIGINT be heard, which a shell has its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_request_to_end_disturbs_nothing_unless_it_comes_from_the_keyboard(keyboard: None) -> None:
     with deferred_interrupts() as deferred:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)

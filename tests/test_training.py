@@ -15,8 +15,9 @@ from drs.checkpoints import load_weights
 from drs.config import TrainConfig
 from drs.data import LabelledImages
 from drs.errors import DivergedError, UserError
+from drs.optimisation import build_optimizer, build_schedule
 from drs.runs import finished_runs, iterate_runs, run_folder, study_folder
-from drs.training import build_optimizer, build_schedule, fit, train
+from drs.training import fit, train
 
 Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
 CPU = torch.device("cpu")
