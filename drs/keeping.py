@@ -9,6 +9,8 @@ from drs.runs import RunFolder
 from drs.training_state import Snapshot, StateError, TrainingState, load_snapshot, save_snapshot
 
 STATE_FILE = "state.safetensors"
+SAVE_SHARE = 0.02
+"""What share of the time writing may take: a large model on a slow disk is saved less often than asked for."""
 
 
 class Keeper:
@@ -18,7 +20,7 @@ class Keeper:
         folder: The run's folder.
         claim: The claim on it; nothing is written once it is lost.
         interrupts: Looked at after every step.
-        seconds: How much time lies between two writes at least.
+        seconds: How much time lies between two writes at least; 0 writes after every epoch.
 
     Attributes:
         snapshot: The last finished epoch.
@@ -30,6 +32,7 @@ class Keeper:
         self.claim = claim
         self.interrupts = interrupts
         self.seconds = seconds
+        self.pause = seconds
         self.snapshot: Snapshot | None = None
         self.written = time.monotonic()
         self.resumed = 0
@@ -66,13 +69,16 @@ class Keeper:
             UserError: If the folder cannot be written.
         """
         self.snapshot = state.capture(rows)
-        if time.monotonic() - self.written >= self.seconds:
+        if time.monotonic() - self.written >= self.pause:
             self.save()
 
     def save(self) -> None:
         """Write metrics and state of the last finished epoch, where there is one; raises what ``epoch`` does."""
         self.claim.check()
+        began = time.monotonic()
         if self.snapshot is not None:
             self.folder.write_metrics(self.snapshot.rows)
             save_snapshot(self.path, self.snapshot)
         self.written = time.monotonic()
+        if self.seconds:
+            self.pause = max(self.seconds, (self.written - began) / SAVE_SHARE)

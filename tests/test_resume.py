@@ -212,6 +212,10 @@ def test_state_is_written_every_so_often(tmp_path: Path, monkeypatch: pytest.Mon
     assert written == [1, 2, 3, 4]
     train(small(tmp_path / "seldom", "save_seconds=1000"))
     assert written == [1, 2, 3, 4]
+    written.clear()
+    monkeypatch.setattr(keeping, "SAVE_SHARE", 1e-9)
+    train(small(tmp_path / "slow disk", "save_seconds=1e-6"))
+    assert written == [1], "the first write shows what one costs"
 
 
 def test_owner_that_was_succeeded_writes_nothing(
