@@ -77,8 +77,11 @@ def _train_claimed(
         held.check()
         folder.write_config(config)
         folder.write_status(state="running", started=time.time(), epochs=config.epochs)
-        tracker = open_tracker(config.tracking, config.study, folder.run_id, identity(config), folder.path)
-        with deferred_interrupts() as interrupts:
+        # What W&B is told comes last, so that a server that does not answer keeps no result from being written.
+        with (
+            open_tracker(config.tracking, folder.run_id, identity(config), folder.path.parent.parent) as tracker,
+            deferred_interrupts() as interrupts,
+        ):
             keeper = Keeper(folder, held, interrupts, config.save_seconds)
             try:
                 model, rows = fit(
@@ -87,8 +90,6 @@ def _train_claimed(
             except Interrupted:
                 _keep_interrupted(config, keeper, began)
                 raise
-            finally:
-                tracker.finish()
             return _finish(config, keeper, model, rows, device, began)
     except DivergedError as error:
         held.check()

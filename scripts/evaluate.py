@@ -26,6 +26,7 @@ def main(config: DictConfig) -> None:
     from drs.report import draw_figures, write_report
     from drs.run_failures import end_with_failures
     from drs.study import is_current, mark_current, only_writer, write_study
+    from drs.tracking import log_evaluation
 
     evaluation = evaluate_study(typed)
     if evaluation.cells and not is_current(evaluation, typed):
@@ -40,6 +41,7 @@ def main(config: DictConfig) -> None:
         print("nothing has changed", flush=True)
     if evaluation.cells:
         print(f"the report is {evaluation.folder / 'REPORT.md'}", flush=True)
+        log_evaluation(typed.tracking, evaluation.folder)
     end_with_failures(evaluation.failures)
 
 
