@@ -5,10 +5,10 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce figures test lint clean lock
+.PHONY: help setup data smoke reproduce figures bundle merge test test-bundle lint clean lock
 
 help:  # lists the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup:  ## make .venv from requirements.lock (PYTHON=python3.12 chooses the interpreter: 3.11 or 3.12)
 	@sh scripts/setup.sh "$(PYTHON)" "$(MAKECMDGOALS)"
@@ -26,8 +26,19 @@ reproduce: setup  ## the whole study: laptop without a GPU, mnist and cifar10 wi
 figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
 	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")
 
+bundle:  ## pack all that a node without a network needs into dist/ (PYTHON=3.12 PLATFORM= DATA= EXCLUDE=)
+	@sh scripts/setup.sh "$(if $(findstring python,$(PYTHON)),$(PYTHON),python3)"
+	@$(PY) scripts/bundle.py $(if $(filter-out python3,$(PYTHON)),--python "$(PYTHON)") \
+		$(if $(PLATFORM),--platform "$(PLATFORM)") $(if $(DATA),--data "$(DATA)") $(if $(EXCLUDE),--exclude "$(EXCLUDE)")
+
+merge: setup  ## merge a node's results into results/ (ARCHIVE=results-STUDY-HOST.tar.gz)
+	@$(PY) scripts/merge.py $(ARCHIVE)
+
 test: lint  ## lint, then run the tests (WORKERS=4 runs four at a time)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+
+test-bundle: setup  ## run a bundle in a fresh environment that has torch alone and no network (minutes)
+	DRS_TEST_BUNDLE=1 $(PY) -m pytest -q tests/test_node.py
 
 lint: setup  ## check style, format and types
 	$(PY) -m ruff check

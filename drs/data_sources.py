@@ -31,7 +31,7 @@ from drs.data_cache import (
     write_cache,
 )
 from drs.errors import UserError
-from drs.torchvision_compat import import_torchvision
+from drs.torchvision_compat import NoTorchvision, import_torchvision
 
 __all__ = ["DATASETS", "NoSourceError", "SourceError", "array_digest", "fetch", "read_cache"]
 
@@ -283,7 +283,7 @@ def fetch(
     for source, load in sources:
         try:
             splits = load()
-        except (SourceError, OSError) as error:
+        except (SourceError, NoTorchvision, OSError) as error:
             tried.append(f"{source}: {error}")
             continue
         for split, arrays in splits.items():

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -33,8 +34,7 @@ def describe_study(
     return {
         "study": config.study,
         "suites": [suite.name],
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **_commit(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "hardware": hardware(device),
@@ -80,6 +80,15 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _commit() -> dict[str, Any]:
+    """Return the commit of this code, and whether there are changes to it."""
+    bundle = PROJECT_ROOT / ".bundle.json"
+    if bundle.exists():  # unpacked from a bundle, which holds a commit as it is; a repository around it is another's
+        return {"commit": json.loads(bundle.read_text())["commit"], "dirty": False}
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": dirty}
 
 
 def _git(*arguments: str) -> str:

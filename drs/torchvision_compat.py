@@ -11,11 +11,28 @@ from types import ModuleType
 
 import torch
 
+from drs.errors import UserError
+
+
+class NoTorchvision(UserError):
+    """torchvision is not installed, as on a machine that brings torch alone."""
+
 
 def import_torchvision() -> ModuleType:
-    """Return the ``torchvision`` module with ``datasets`` and ``models`` loaded."""
+    """Return the ``torchvision`` module with ``datasets`` and ``models`` loaded.
+
+    Raises:
+        NoTorchvision: If it is not installed.
+    """
     try:
         import torchvision
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise
+        raise NoTorchvision(
+            "torchvision is not installed: models resnet18 and vgg16_bn, and data from its files or its download, "
+            "need it; nothing else does"
+        ) from None
     except RuntimeError as error:
         if "torchvision::nms does not exist" not in str(error):
             raise
