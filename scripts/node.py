@@ -178,12 +178,12 @@ def install_wheel(content: Pieces, folder: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(content.readall())) as wheel:
         for member in wheel.infolist():
             parts = Path(member.filename).parts
+            if member.is_dir():
+                continue
             if parts[0].endswith(".data"):
                 if parts[1] not in ("purelib", "platlib"):
                     continue
                 parts = parts[2:]
-            if member.is_dir() or not parts:
-                continue
             target = folder.joinpath(*parts)
             if folder not in target.resolve().parents:
                 fail(f"a wheel holds {member.filename}, which lies outside its folder")

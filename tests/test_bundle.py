@@ -156,7 +156,12 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def collect(pins: dict[str, str], target: Target, folder: Path) -> None:
         folder.mkdir(parents=True)
-        files = {"addition.py": "", "addition-1.data/purelib/add-core": "x", "addition-1.data/scripts/cmd": "y"}
+        files = {
+            "addition.py": "",
+            "addition-1.data/": "",
+            "addition-1.data/purelib/add-core": "x",
+            "addition-1.data/scripts/cmd": "y",
+        }
         wheel(folder / "addition-1-py3-none-any.whl", files)
 
     monkeypatch.setattr(bundle, "collect_wheels", collect)

@@ -47,9 +47,8 @@ def without_network() -> list[str]:
 
 def test_smoke_study_runs_without_a_network_and_comes_home(tmp_path: Path, node_python: Path) -> None:
     python = "{}.{}".format(*sys.version_info)
-    make_bundle(
-        Target(python, this_platform()), ["mnist"], Path(os.environ.get("DRS_CACHE", "data")), tmp_path / "dist"
-    )
+    cache = project_path(os.environ.get("DRS_CACHE", "data"))
+    make_bundle(Target(python, this_platform()), ["mnist"], cache, tmp_path / "dist")
     assert all(path.stat().st_size < 40_000_000 for path in (tmp_path / "dist").iterdir())
     node = tmp_path / "node"
     node.mkdir()
