@@ -19,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from drs.array_files import load_arrays_file
+from drs.claiming import ClaimedElsewhere, claim
 from drs.config import run_id
 from drs.config_checks import check_study
-from drs.errors import UserError
+from drs.errors import DamagedFileError, UserError
 from drs.files import sha256_of
+from drs.integrity import CHECKPOINT, CONFIG, METRICS, check_files
+from drs.jobs import CLAIM_FILE
 from drs.runs import RunFolder
 
 HEAD = "results.json"
 _MEMBER = re.compile(
-    r"runs/[0-9a-f]{12}/([\w-]+\.(json|yaml|csv|log)|checkpoint\.safetensors|eval/[\w@.+-]+\.(npz|json))", re.ASCII
+    r"runs/[0-9a-f]{12}/(config\.yaml|status\.json|metrics\.csv|checkpoint\.safetensors|eval/\w[\w@.+-]*\.npz)",
+    re.ASCII,
 )
-_NEEDED = ("config.yaml", "status.json", "metrics.csv", "checkpoint.safetensors")
-_DIVERGED = ("config.yaml", "status.json")
+_STATUS = "status.json"
+_NEEDED = (CONFIG, _STATUS, METRICS, CHECKPOINT)
 
 
 @dataclass
@@ -49,8 +53,9 @@ class Merged:
 def merge_results(archive: Path, results: Path) -> Merged:
     """Merge an archive of finished runs into its study under ``results``.
 
-    A run that is new here, or that was started here but not finished, is moved into place whole. Of a run that is
-    finished on both sides the evaluations that are missing here are added, if both have the same weights.
+    A run that is new here, or that was started here but not finished or is damaged, is moved into place, its status
+    last; one that a process is at work on is refused. Of a run that is finished on both sides the evaluations that are
+    missing here are added, if both have the same weights.
 
     Raises:
         UserError: If the archive is damaged or holds what no archive of results holds. Nothing is changed then.
@@ -66,7 +71,7 @@ def merge_results(archive: Path, results: Path) -> Merged:
             _extract(file, about["files"], archive, stage)
             merged = Merged(study, str(about.get("host")))
             for path in sorted((stage / "runs").iterdir()) if (stage / "runs").is_dir() else []:
-                _merge_run(RunFolder(path), RunFolder(study / "runs" / path.name), stage, merged)
+                _merge_run(RunFolder(path), RunFolder(study / "runs" / path.name), merged)
     return merged
 
 
@@ -118,60 +123,82 @@ def _extract(file: tarfile.TarFile, digests: dict[str, str], archive: Path, stag
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as output:
             shutil.copyfileobj(source, output, 2**20)
+            output.flush()
+            os.fsync(output.fileno())
         if sha256_of(target) != digests[member.name]:
             raise UserError(f"{archive}: {member.name} does not have its SHA-256; copy the archive again")
     if missing:
         raise UserError(f"{archive}: lacks {min(missing)}; copy it again; nothing was merged")
 
 
-def _merge_run(theirs: RunFolder, ours: RunFolder, stage: Path, merged: Merged) -> None:
+def _merge_run(theirs: RunFolder, ours: RunFolder, merged: Merged) -> None:
     reason = _why_not(theirs)
     if reason:
         merged.refused[theirs.run_id] = reason
         return
     try:
-        state = ours.status()
-    except UserError:
-        state = {}  # a status that cannot be read belongs to no finished run
-    if state.get("state") == "done" or state.get("reason") == "diverged":
-        merged.kept.append(ours.run_id)
-        if state.get("state") == "done":
-            _add_cells(theirs, ours, merged)
-        return
-    if ours.path.exists():
-        # Moved away whole, then the other one moved in whole: whoever looks sees one of them, or for an instant none.
-        ours.path.rename(stage / f"old-{ours.run_id}")
-        merged.replaced.append(ours.run_id)
-    else:
-        ours.path.parent.mkdir(exist_ok=True)
-        merged.added.append(ours.run_id)
-    theirs.path.rename(ours.path)
+        with claim(ours.path / CLAIM_FILE, f"run {ours.run_id}"):
+            state = _state(ours)
+            if state in ("done", "diverged"):
+                merged.kept.append(ours.run_id)
+                if state == "done":
+                    _add_cells(theirs, ours, merged)
+            else:
+                _take(theirs, ours)
+                (merged.replaced if state else merged.added).append(ours.run_id)
+    except ClaimedElsewhere as error:
+        merged.refused[ours.run_id] = str(error)
+
+
+def _state(run: RunFolder) -> str | None:
+    """Return done or diverged for a run that is settled and whole, another word for one that is not, None for none."""
+    try:
+        status = run.status()
+        check_files(run.path, status.get("files", {}))
+    except DamagedFileError:
+        return "damaged"
+    return "diverged" if status.get("reason") == "diverged" else status.get("state")
+
+
+def _take(theirs: RunFolder, ours: RunFolder) -> None:
+    """Move a run's files into a folder that is claimed; its status, which says that all are there, comes last."""
+    for path in ours.path.iterdir():
+        if path.name.startswith(CLAIM_FILE) or path.name == _STATUS:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in sorted(theirs.path.iterdir(), key=lambda path: path.name == _STATUS):
+        path.rename(ours.path / path.name)
 
 
 def _why_not(run: RunFolder) -> str | None:
     """Return why a run of an archive cannot be merged, None where it can."""
     try:
         status, config = run.status(), run.config()
+        check_files(run.path, status.get("files", {}))
     except UserError as error:
-        return str(error)
+        return str(error).replace(f"{run.path}/", "")
     if status.get("state") != "done" and status.get("reason") != "diverged":
         return f"not finished there: {status.get('state')}"
     if run_id(config) != run.run_id:
         return f"its config belongs to run {run_id(config)}"
-    needed = _NEEDED if status.get("state") == "done" else _DIVERGED
+    needed = _NEEDED if status.get("state") == "done" else _NEEDED[:2]
     lacking = [name for name in needed if not (run.path / name).exists()]
     return f"lacks {lacking[0]}" if lacking else None
 
 
 def _add_cells(theirs: RunFolder, ours: RunFolder, merged: Merged) -> None:
     """Add the evaluations that we lack of a run that is done on both sides."""
-    name = "checkpoint.safetensors"
     found = [
         path for path in sorted((theirs.path / "eval").glob("*.npz")) if not (ours.path / "eval" / path.name).exists()
     ]
     if not found:
         return
-    if not (ours.path / name).exists() or sha256_of(theirs.path / name) != sha256_of(ours.path / name):
+    if not (ours.path / CHECKPOINT).exists() or sha256_of(theirs.path / CHECKPOINT) != sha256_of(
+        ours.path / CHECKPOINT
+    ):
         merged.refused[ours.run_id] = f"trained on both machines to other weights; {len(found)} evaluations left out"
         return
     for path in found:

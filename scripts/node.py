@@ -28,7 +28,9 @@ from typing import Any, NoReturn
 HERE = Path(__file__).resolve().parent
 STAMP = ".bundle.json"
 PACKAGES = ".packages"
-RESULT_FILES = r"runs/[0-9a-f]{12}/([\w-]+\.(json|yaml|csv|log)|checkpoint\.safetensors|eval/[\w@.+-]+\.(npz|json))"
+RESULT_FILES = (
+    r"runs/[0-9a-f]{12}/(config\.yaml|status\.json|metrics\.csv|checkpoint\.safetensors|eval/\w[\w@.+-]*\.npz)"
+)
 
 
 def main() -> int:

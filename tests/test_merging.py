@@ -39,7 +39,8 @@ def make_run(
         (folder.path / "checkpoint.safetensors").write_bytes(weights)
     for cell in cells:
         save_arrays(folder.path / "eval" / f"{cell}.npz", logits=np.zeros((2, 10), np.float32))
-    folder.write_status(**({"state": "failed", "reason": "diverged"} if state == "diverged" else {"state": state}))
+    status: dict[str, Any] = {"state": "failed", "reason": "diverged"} if state == "diverged" else {"state": state}
+    folder.write_status(**status, **({"files": folder.describe_files()} if state == "done" else {}))
     return folder
 
 
@@ -213,10 +214,44 @@ def test_damaged_archive_is_one_line_and_changes_nothing(
 def test_run_whose_config_is_another_is_refused(there: Path, here: Path, pack: Callable[[], Path]) -> None:
     first, second = make_run(there, 0), make_run(there, 1)
     shutil.copy(first.path / "config.yaml", second.path / "config.yaml")
+    second.write_status(state="done", files=second.describe_files())
     merged = merge_results(pack(), here)
     assert merged.added == [first.run_id]
     assert merged.refused == {second.run_id: f"its config belongs to run {first.run_id}"}
     assert [path.name for path in (here / "s" / "runs").iterdir()] == [first.run_id]
+
+
+def test_yaml_of_an_archive_runs_nothing(there: Path, here: Path, tmp_path: Path, pack: Callable[[], Path]) -> None:
+    run = make_run(there, 0)
+    (run.path / "config.yaml").write_text(f"study: !!python/object/apply:os.mkdir [{tmp_path / 'executed'}]\n")
+    merged = merge_results(pack(), here)
+    assert list(merged.refused) == [run.run_id] and not merged.added
+    assert not (tmp_path / "executed").exists()
+
+
+def test_run_that_is_damaged_here_is_replaced_and_one_in_work_is_refused(
+    there: Path, here: Path, pack: Callable[[], Path]
+) -> None:
+    make_run(there, 0)
+    make_run(there, 1)
+    broken = make_run(here, 0)
+    (broken.path / "checkpoint.safetensors").write_bytes(b"?")
+    busy = make_run(here, 1, "running")
+    program = (
+        f"import os, sys; sys.path.insert(0, {str(PROJECT_ROOT)!r})\nfrom pathlib import Path\n"
+        "from drs.claiming import claim\n"
+        f"with claim(Path({str(busy.path / 'claim')!r}), 'run'):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        before = contents(busy.path)
+        merged = merge_results(pack(), here)
+        assert contents(busy.path) == before
+        process.communicate()
+    assert merged.replaced == [broken.run_id]
+    assert (broken.path / "checkpoint.safetensors").read_bytes() == b"w"
+    assert list(merged.refused) == [busy.run_id] and "is at work on it" in merged.refused[busy.run_id]
 
 
 def test_leftovers_of_a_killed_merge_are_removed(there: Path, here: Path, pack: Callable[[], Path]) -> None:
