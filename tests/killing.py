@@ -2,8 +2,8 @@
 
     python tests/killing.py FOLDER --kills 50 --seed 0
 
-torch takes seconds to import, so this process imports everything once and forks a child for every start. A child runs
-the real script with its real arguments, and is killed by SIGKILL: half of the times after a random time, half of them
+torch takes seconds to import, so this process runs everything once, which imports it all, and then forks a child for
+every start. A child runs the real script with its real arguments and is killed by SIGKILL: after a random time, or
 right before a random one of its operations on files in the results.
 """
 
@@ -15,7 +15,9 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import drs.attacks.autoattack
-import drs.attacks.decision_based
-import drs.attacks.minimal_norm
-import drs.evaluation
-import drs.figures
 import drs.report
-import drs.study
-import drs.training  # noqa: F401
 from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT
 from drs.data import load_arrays
@@ -44,27 +39,68 @@ from drs.runs import RunFolder
 
 FILE_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.link", "os.chmod", "os.truncate", "os.rmdir")
 TRAIN = [
-    "-m", "data=digits", "model=mlp", "model.options.width=32", "loss=ce,dr_softmax", "seed=0,1", "epochs=4",
-    "batch_size=64", "study=s", "progress=false", "save_seconds=0",
+    "-m", "data=digits", "model=mlp", "model.options.width=32", "loss=ce,dr_softmax", "epochs=4", "batch_size=64",
+    "study=s", "progress=false", "save_seconds=0",
 ]  # fmt: skip
 EVALUATE = [
-    "study=s", "suite=paper", "suite.n_samples.digits=20", "suite.n_clean=60", "suite.attacks.cw.steps=20",
-    "suite.attacks.cw_torchattacks.steps=10", "suite.epsilons.digits.linf=[0.1,0.2]",
+    "study=s", "suite=paper", "suite.n_samples.digits=20", "suite.n_clean=60", "suite.epsilons.digits.linf=[0.1,0.2]",
     "suite.epsilons.digits.l2=[0.5]", "timing=false", "progress=false", "workers=1",
 ]  # fmt: skip
-STAGES = {"train": TRAIN, "evaluate": EVALUATE}
+SIZES = {
+    "whole": {
+        "train": [*TRAIN, "seed=0,1"],
+        "evaluate": [*EVALUATE, "suite.attacks.cw.steps=20", "suite.attacks.cw_torchattacks.steps=10"],
+    },
+    "small": {
+        "train": [*TRAIN, "seed=0"],
+        "evaluate": [*EVALUATE, "~suite.attacks.cw", "~suite.attacks.cw_torchattacks"],
+    },
+}
+"""Arguments of the scripts: of a sweep of four runs, and of one of two with fewer attacks."""
+MOST_KILLS = {"train": 4, "evaluate": 7}
+"""Of one sweep; more are spread over several."""
 TIMES = ("seconds", "train_seconds", "mean.train_seconds", "sd.train_seconds")
 """Columns and keys that no two runs share."""
 
 
 @dataclass
+class Whole:
+    """The sweep that nobody disturbed.
+
+    Attributes:
+        seconds: What each script takes, about.
+        operations: How many operations on files each does.
+        runs: Trainings.
+        cells: Cells of the evaluation.
+        content: See ``content_of``.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    operations: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    cells: int = 0
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Tally:
-    """What was killed, where, and what was kept through it."""
+    """What was killed, where, and how much was kept through it."""
 
     kills: Counter[str] = field(default_factory=Counter)
     by: Counter[str] = field(default_factory=Counter)
     sweeps: int = 0
     kept: int = 0
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Run one of scripts/ in this process; return its exit status."""
+    script = PROJECT_ROOT / "scripts" / f"{name}.py"
+    sys.argv = [str(script), *arguments]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    return 0
 
 
 def start(name: str, arguments: list[str], log: Path, operations: int | None = None, below: str = "") -> int:
@@ -86,21 +122,13 @@ def start(name: str, arguments: list[str], log: Path, operations: int | None = N
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         if operations is not None:
-            kill_before(operations, below)
+            on_operations(below, lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == operations else None)
         # What runs in the background of a shell is started with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # A pool of threads that the parent has does not survive the fork.
         torch.set_num_threads(1)
-        script = PROJECT_ROOT / "scripts" / f"{name}.py"
-        sys.argv = [str(script), *arguments]
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        code = run(name, arguments)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -108,21 +136,20 @@ def start(name: str, arguments: list[str], log: Path, operations: int | None = N
         os._exit(code)
 
 
-def kill_before(operations: int, folder: str) -> None:
-    """Let this process kill itself right before so many operations on files below a folder."""
-    left = operations
+def on_operations(below: str, action: Callable[[int], None]) -> None:
+    """Call ``action`` with its number before each operation that changes a file below a folder, from now on."""
+    count = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        if event not in FILE_OPERATIONS or not str(arguments[0]).startswith(folder):
+        nonlocal count
+        if event not in FILE_OPERATIONS or not str(arguments[0]).startswith(below):
             return
         if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
             flags = arguments[2] if isinstance(arguments[2], int) else 0
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
-        left -= 1
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        action(count)
 
     sys.addaudithook(watch)
 
@@ -212,57 +239,63 @@ def content_of(results: Path) -> dict[str, Any]:
     return content
 
 
-def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise with the first file that is not as the undisturbed sweep left it."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
     for name, value in expected.items():
         assert found[name] == value, f"{name} differs from that of the undisturbed sweep"
 
 
-def sweep(
-    results: Path, log: Path, draw: random.Random | None, wanted: int, tally: Tally, spans: dict[str, Any]
-) -> None:
-    """Train and evaluate, with kills as long as some are wanted, until both have come to their end."""
+def undisturbed(size: str, folder: Path) -> Whole:
+    """Run everything once without a kill, in this process, which has it all imported from then on."""
+    whole, stage = Whole(), ""
+    on_operations(f"{folder}/", lambda count: whole.operations.update([stage]))
+    for stage, arguments in SIZES[size].items():
+        began = time.monotonic()
+        code = run(stage, [*arguments, f"results_dir={folder}"])
+        assert code == 0, f"{stage} ended with {code}"
+        # About half of it went into imports, which the children find done.
+        whole.seconds[stage] = 0.5 * (time.monotonic() - began)
+    whole.runs = len(list((folder / "s" / "runs").iterdir()))
+    whole.cells = len(list(folder.rglob("*.npz")))
+    whole.content = content_of(folder)
+    return whole
+
+
+def disturbed(size: str, results: Path, draw: random.Random, kills: int, tally: Tally, whole: Whole) -> None:
+    """Start both scripts until they have come to their end, with no more kills than ``kills`` in all."""
     seen: dict[Path, bytes] = {}
-    for stage in STAGES:
-        while True:
+    log = results.with_suffix(".log")
+    for stage, arguments in SIZES[size].items():
+        left = min(MOST_KILLS[stage], kills - tally.kills.total())
+        if stage == "train":
+            left = min(left, max(1, left // 3))
+        code = -signal.SIGKILL
+        while code:
             operations = seconds = None
-            if tally.kills.total() < wanted:
-                if draw.random() < 0.5:
-                    operations = draw.randint(1, max(2, int(0.5 * spans[stage]["operations"])))
-                else:
-                    seconds = draw.uniform(0.02, 0.7) * spans[stage]["seconds"]
-            arguments = [*STAGES[stage], f"results_dir={results}"]
-            code = wait(start(stage, arguments, log, operations, str(results)), seconds)
+            if left and draw.random() < 0.6:
+                operations = draw.randint(1, whole.operations[stage])
+            elif left:
+                seconds = draw.uniform(0.02, 1.0) * whole.seconds[stage]
+            pid = start(stage, [*arguments, f"results_dir={results}"], log, operations, f"{results}/")
+            code = wait(pid, seconds)
             check_readable(results)
-            kept = finished_files(results) if results.exists() else {}
+            kept = finished_files(results)
             for path, content in seen.items():
                 assert kept.get(path) == content, f"{path} was finished before the kill, and is not as it was"
             seen = kept
-            tally.kept = max(tally.kept, len(kept))
-            if code == 0:
-                break
-            if code != -signal.SIGKILL:
+            tally.kept += len(kept)
+            if code == -signal.SIGKILL:
+                left -= 1
+                cells = len(list(results.rglob("*.npz")))
+                where = {"train": "training", "evaluate": "the evaluation"}[stage]
+                tally.kills["tables, figures and report" if cells == whole.cells else where] += 1
+                tally.by["before an operation on a file" if seconds is None else "by the clock"] += 1
+            elif code:
                 raise AssertionError(f"{stage} ended with {code}:\n{log.read_text()[-4000:]}")
-            all_cells = stage == "evaluate" and len(list(results.rglob("*.npz"))) == spans["cells"]
-            tally.kills["report" if all_cells else stage] += 1
-            tally.by["an operation on a file" if seconds is None else "the clock"] += 1
     tally.sweeps += 1
     assert not list(results.rglob("*.tmp")), "what killed processes left half written is deleted by the next ones"
-
-
-def undisturbed(folder: Path) -> dict[str, Any]:
-    """Run everything once without a kill; return what came out, how long it took and how many operations it was."""
-    spans: dict[str, Any] = {}
-    for stage in STAGES:
-        began = time.monotonic()
-        code = wait(start(stage, [*STAGES[stage], f"results_dir={folder / 'whole'}"], folder / "whole.log"), None)
-        if code:
-            raise AssertionError(f"{stage} ended with {code}:\n{(folder / 'whole.log').read_text()[-4000:]}")
-        files = [path for path in (folder / "whole").rglob("*") if path.is_file()]
-        # Creating, setting the mode of, and renaming each file.
-        spans[stage] = {"seconds": time.monotonic() - began, "operations": 4 * len(files)}
-    spans["cells"] = len(list((folder / "whole").rglob("*.npz")))
-    return spans
+    assert_same(content_of(results), whole.content)
 
 
 def main() -> None:
@@ -271,24 +304,28 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=SIZES, default="whole")
     options = parser.parse_args()
+    folder = options.folder.resolve()
     began, draw, tally = time.monotonic(), random.Random(options.seed), Tally()
-    os.environ["DRS_CACHE"] = str(options.folder / "data")
+    os.environ["DRS_CACHE"] = str(folder / "data")
     os.environ.pop("DRS_RESULTS", None)
     for split in ("train", "test"):
-        load_arrays("digits", split, cache=options.folder / "data", report=lambda line: None)
-    spans = undisturbed(options.folder)
-    expected = content_of(options.folder / "whole")
+        load_arrays("digits", split, cache=folder / "data", report=lambda line: None)
+    torch.set_num_threads(1)
+    if options.size == "small":
+        # Drawing all figures takes most of the time, and the first two are written in the way of all others.
+        plan = drs.report.plan_figures
+        drs.report.plan_figures = lambda tables: plan(tables)[:2]
+    whole = undisturbed(options.size, folder / "whole")
     while tally.kills.total() < options.kills:
-        results, log = options.folder / f"killed{tally.sweeps}", options.folder / f"killed{tally.sweeps}.log"
-        sweep(results, log, draw, options.kills, tally, spans)
-        assert_equal(content_of(results), expected)
-    where = ", ".join(f"{count} in {name}" for name, count in sorted(tally.kills.items()))
-    how = ", ".join(f"{count} by {name}" for name, count in sorted(tally.by.items()))
+        disturbed(options.size, folder / f"killed{tally.sweeps}", draw, options.kills, tally, whole)
+    where = ", ".join(f"{count} in {name}" for name, count in tally.kills.items())
+    how = ", ".join(f"{count} {name}" for name, count in tally.by.items())
     print(
-        f"{tally.kills.total()} kills ({where}; {how}) over {tally.sweeps} sweeps of 4 runs: every file readable after "
-        f"each, all of {tally.kept} finished files kept, results identical to the undisturbed sweep's; "
-        f"seed {options.seed}, {time.monotonic() - began:.0f} s"
+        f"{tally.kills.total()} kills ({where}; {how}) over {tally.sweeps} sweeps of {whole.runs} runs: every file "
+        f"readable after each, finished files found unchanged {tally.kept} times, results identical to the undisturbed "
+        f"sweep's; seed {options.seed}, {time.monotonic() - began:.0f} s"
     )
 
 

@@ -13,7 +13,8 @@ DRIVER = Path(__file__).with_name("killing.py")
 def test_nothing_is_lost_to_kills(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     kills = request.config.getoption("--kills")
     seed = request.config.getoption("--kill-seed")
-    command = [sys.executable, str(DRIVER), str(tmp_path), "--kills", str(kills), "--seed", str(seed)]
+    size = "small" if kills < 20 else "whole"
+    command = [sys.executable, str(DRIVER), str(tmp_path), f"--kills={kills}", f"--seed={seed}", f"--size={size}"]
     # Children are forked: a pool of threads would not survive it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + 60 * kills)
