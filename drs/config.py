@@ -4,10 +4,12 @@ YAML carries values and dataclasses carry the schema. An entrypoint converts its
 ``train_config`` or ``evaluate_config``, and passes the typed object on.
 """
 
+import copy
 import difflib
+import functools
 import hashlib
 import json
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import MISSING, Field, asdict, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from drs.attack_config import AttackConfig, SanityConfig, attack_schema
 from drs.config_checks import check_device_name, check_study, check_tracking, check_train, require
 from drs.errors import UserError
+from drs.plain_yaml import is_plain
 from drs.schema import (
     LOSS_SCHEMAS,
     PROCEDURE_SCHEMAS,
@@ -53,6 +56,9 @@ def typed(schema: type, section: Any, where: str = "") -> Any:
     for item in fields(schema):
         if item.name not in section and item.default is MISSING and item.default_factory is MISSING:
             raise UserError(f"{where}{item.name} is missing; the config needs a value for it")
+    if all(_fits(item, section[item.name]) for item in fields(schema) if item.name in section):
+        return schema(**copy.deepcopy(section))
+    # Anything else is a value to convert, such as 1 for a float, or a mistake to name.
     for key, value in section.items():
         try:
             OmegaConf.merge(OmegaConf.structured(schema), {key: value})
@@ -62,6 +68,28 @@ def typed(schema: type, section: Any, where: str = "") -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), section))
 
 
+_EXACT: dict[object, tuple[type, ...]] = {
+    str: (str,),
+    int: (int,),
+    float: (float,),
+    bool: (bool,),
+    str | None: (str, type(None)),
+    int | None: (int, type(None)),
+}
+
+
+def _fits(item: Field[Any], value: object) -> bool:
+    """Return whether a value is of its field's type as it is, so that OmegaConf, which is slow, would keep it."""
+    if item.type == list[float]:
+        return type(value) is list and all(type(number) is float for number in value)
+    if item.type == dict[str, Any]:
+        return type(value) is dict and is_plain(value)
+    if item.type == list[dict[str, Any]]:
+        return type(value) is list and all(type(part) is dict and is_plain(part) for part in value)
+    kinds = _EXACT.get(item.type)
+    return is_plain(value) if item.type is Any else kinds is not None and type(value) in kinds and is_plain(value)
+
+
 def unknown_key(key: str, known: list[str]) -> str:
     """Return the one-line message for a misspelled key, with the nearest known one."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
@@ -69,7 +97,8 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key '{key}'; {hint}known here: {', '.join(sorted(known))}"
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
+def plain_config(config: DictConfig) -> dict[str, Any]:
+    """Return a composed config as plain values, without Hydra's own section; ``UserError`` if it cannot be resolved."""
     try:
         # Hydra's own section, there when a sweep is planned, holds values that only a running job has.
         ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -88,7 +117,12 @@ def train_config(config: DictConfig) -> TrainConfig:
     Raises:
         UserError: Naming the key, its value and what is allowed.
     """
-    plain = _plain(config)
+    return plain_train_config(plain_config(config))
+
+
+def plain_train_config(plain: dict[str, Any]) -> TrainConfig:
+    """Convert and check a training's config of plain values, as ``train_config`` does; ``plain`` stays as it is."""
+    plain = dict(plain)
     plain.pop("suite", None)  # belongs to the evaluation of the same experiment
     sections = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "tracking": TrackingConfig}
     for key, schema in sections.items():
@@ -101,7 +135,7 @@ def train_config(config: DictConfig) -> TrainConfig:
     plain["procedure"] = _procedure(plain.get("procedure", {"name": "standard"}))
     nested = {key: plain.pop(key) for key in [*sections, "loss", "procedure"]}
     # The nested sections are converted already; empty ones stand in while the flat keys are checked.
-    flat = typed(_flat(TrainConfig, nested), plain)
+    flat = typed(_flat(TrainConfig, frozenset(nested)), plain)
     result = TrainConfig(**nested, **{item.name: getattr(flat, item.name) for item in fields(flat)})
     check_train(result)
     return result
@@ -123,7 +157,7 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     Raises:
         UserError: Naming the key, its value and what is allowed.
     """
-    plain = _plain(config)
+    plain = plain_config(config)
     suite = plain.get("suite")
     if not isinstance(suite, dict):
         raise UserError(f"suite={suite!r}: name one of the files in configs/suite, such as suite=paper")
@@ -135,12 +169,14 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
         "attacks": attacks,
         "sanity": None if sanity is None else typed(SanityConfig, sanity, "suite.sanity."),
     }
-    flat_suite = typed(_flat(SuiteConfig, parts), {k: v for k, v in suite.items() if k not in parts}, "suite.")
+    flat_suite = typed(
+        _flat(SuiteConfig, frozenset(parts)), {k: v for k, v in suite.items() if k not in parts}, "suite."
+    )
     nested: dict[str, Any] = {
         "suite": SuiteConfig(**parts, **{item.name: getattr(flat_suite, item.name) for item in fields(flat_suite)}),
         "tracking": typed(TrackingConfig, plain.get("tracking"), "tracking."),
     }
-    flat = typed(_flat(EvaluateConfig, nested), {k: v for k, v in plain.items() if k not in nested})
+    flat = typed(_flat(EvaluateConfig, frozenset(nested)), {k: v for k, v in plain.items() if k not in nested})
     result = EvaluateConfig(**nested, **{item.name: getattr(flat, item.name) for item in fields(flat)})
     check_study(result.study)
     check_device_name(result.device)
@@ -150,10 +186,9 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     return result
 
 
-def _flat(schema: type, nested: dict[str, Any]) -> type:
+@functools.cache
+def _flat(schema: type, nested: frozenset[str]) -> type:
     """Return ``schema`` without the keys that are converted on their own."""
-    from dataclasses import make_dataclass
-
     kept = []
     for item in fields(schema):
         if item.name not in nested:

@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from drs.config import TrainConfig, project_path, run_id, train_config
+from drs.config import TrainConfig, plain_train_config, project_path, run_id, train_config
 from drs.config_checks import check_study
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 from drs.integrity import CHECKPOINT, RETRAIN, check_files, describe_files, has_changed, with_checksum
+from drs.plain_yaml import read_plain_mapping
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,8 @@ class RunFolder:
             if "${" in path.read_text():
                 # An interpolation could put what this machine's environment holds into a config of elsewhere.
                 raise DamagedFileError(path, f"holds an interpolation, but values are what was written; {RETRAIN}")
-            return train_config(OmegaConf.load(path))  # type: ignore[arg-type]
+            plain = read_plain_mapping(path)
+            return train_config(OmegaConf.load(path)) if plain is None else plain_train_config(plain)  # type: ignore[arg-type]
         except DamagedFileError:
             raise
         except UserError as error:

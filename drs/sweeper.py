@@ -17,12 +17,14 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import ListConfig, OmegaConf
 
-from drs.config import PROJECT_ROOT, TrainConfig, train_config
+from drs.composition import Composer
+from drs.config import PROJECT_ROOT, TrainConfig
 from drs.errors import UserError
 
 
@@ -53,11 +55,12 @@ def expand_grid(grid: Sequence[dict[str, Any]], arguments: Sequence[str]) -> lis
         arguments: Overrides of the command line, which replace a product's own value of the same key.
     """
     parser = OverridesParser.create()
-    jobs: list[list[str]] = []
+    jobs: dict[tuple[str, ...], list[str]] = {}
     for product in grid or [{}]:
         overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in product.items()), *arguments])
-        jobs += [job for job in BasicSweeper.split_arguments(overrides, None)[0] if job not in jobs]
-    return jobs
+        for job in BasicSweeper.split_arguments(overrides, None)[0]:
+            jobs.setdefault(tuple(job), list(job))
+    return list(jobs.values())
 
 
 def grid_jobs(experiment: str, *arguments: str) -> list[tuple[list[str], TrainConfig]]:
@@ -74,7 +77,10 @@ def grid_jobs(experiment: str, *arguments: str) -> list[tuple[list[str], TrainCo
         base = [f"experiment={experiment}", *arguments]
         grid = OmegaConf.to_container(compose("train", base).grid)
         jobs = expand_grid(grid, base)  # type: ignore[arg-type]
-        return [(job, train_config(compose("train", job))) for job in jobs]
+        composer = Composer(
+            lambda job: compose("train", job), GlobalHydra.instance().config_loader().repository.group_exists
+        )  # type: ignore[attr-defined]
+        return [(job, composer.train_config(job)) for job in jobs]
 
 
 def job_error(job: JobReturn) -> Exception:

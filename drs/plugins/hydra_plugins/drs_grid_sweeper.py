@@ -6,13 +6,14 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import ListConfig, OmegaConf
 
-from drs.config import run_id, train_config
+from drs.composition import Composer
+from drs.config import run_id
 from drs.sweep_outcome import Job, run_sweep
 from drs.sweeper import expand_grid, launch_in_turn
 
 
 class GridSweeper(BasicSweeper):
-    """Checks every job's config before the first one starts, then hands all jobs to Hydra's launcher."""
+    """Checks every job's config before the first one starts, then hands those without a result to Hydra's launcher."""
 
     def __init__(self, max_batch_size: int | None, grid: list[dict[str, Any]] | None = None) -> None:
         super().__init__(max_batch_size=max_batch_size)
@@ -22,9 +23,11 @@ class GridSweeper(BasicSweeper):
         """Run the sweep to its end and return its jobs' results (``drs.sweep_outcome``)."""
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
         grid = OmegaConf.to_container(self.grid) if isinstance(self.grid, ListConfig) else self.grid
+        loader: Any = self.hydra_context.config_loader
+        composer = Composer(lambda job: loader.load_sweep_config(self.config, job), loader.repository.group_exists)
         jobs: dict[str, Job] = {}
         for overrides in expand_grid(grid, arguments):
-            config = train_config(self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides)))
+            config = composer.train_config(overrides)
             jobs.setdefault(run_id(config), Job(overrides, config))
         print(f"{len(jobs)} trainings", flush=True)
         fail_fast = any(job.config.fail_fast for job in jobs.values())
