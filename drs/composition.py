@@ -8,6 +8,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +26,14 @@ _INTERPOLATION = re.compile(r"\$\{(?!oc\.env:[^${}]*\})")
 """An interpolation other than of an environment variable: its value may depend on one that a job sets."""
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A composition: its plain values, None where one depends on others or is missing, and the keys without a value."""
+
+    plain: dict[str, Any] | None
+    gaps: frozenset[str] = frozenset()
+
+
 class Composer:
     """Turns overrides into training configs.
 
@@ -36,7 +45,7 @@ class Composer:
     def __init__(self, compose: Callable[[list[str]], DictConfig], is_group: Callable[[str], bool]) -> None:
         self.compose = compose
         self.is_group = functools.cache(is_group)
-        self.bases: dict[tuple[str, ...], dict[str, Any] | None] = {}
+        self.bases: dict[tuple[str, ...], _Base] = {}
 
     def train_config(self, overrides: Sequence[str]) -> TrainConfig:
         """Return the config that ``train_config`` makes of a full composition.
@@ -52,6 +61,7 @@ class Composer:
         """Return the job's config as plain values, or None where it has to be composed in full."""
         parsed = [_parsed(override) for override in overrides]
         values: dict[str, object] = {}
+        texts: dict[str, str] = {}
         base: list[str] = []
         for text, override in zip(overrides, parsed, strict=True):
             if override is None:
@@ -61,27 +71,35 @@ class Composer:
             if key.partition(".")[0].partition("/")[0] == "hydra" or (chosen and isinstance(value, str)):
                 base.append(text)
             elif not chosen and _KEY.fullmatch(key) and not isinstance(value, list | dict) and is_plain(value):
-                values[key] = value
+                values[key], texts[key] = value, text
             else:
                 return None
-        name = tuple(base)
-        if name not in self.bases:
-            self.bases[name] = self._base(base)
-        found = self.bases[name]
-        if found is None:
+        found = self._base(base)
+        if filled := sorted(found.gaps & values.keys()):
+            # A key that has no value of its own, such as a procedure's epsilon, is composed with the groups.
+            found = self._base([*base, *(texts[key] for key in filled)])
+            values = {key: value for key, value in values.items() if key not in filled}
+        if found.plain is None:
             return None
-        plain = copy.copy(found)
+        plain = copy.copy(found.plain)
         return plain if all(_set(plain, key, value) for key, value in values.items()) else None
 
-    def _base(self, overrides: list[str]) -> dict[str, Any] | None:
-        """Return what the choices of groups come to, or None where a value in it depends on others or is missing."""
+    def _base(self, overrides: list[str]) -> _Base:
+        name = tuple(overrides)
+        if name not in self.bases:
+            self.bases[name] = self._composed(overrides)
+        return self.bases[name]
+
+    def _composed(self, overrides: list[str]) -> _Base:
         try:
             config = self.compose(overrides)
             ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            text = repr(OmegaConf.to_container(ours, resolve=False))
-            return None if _INTERPOLATION.search(text) or "???" in text else plain_config(ours)
+            if gaps := OmegaConf.missing_keys(ours):
+                return _Base(None, frozenset(gaps))
+            dependent = _INTERPOLATION.search(repr(OmegaConf.to_container(ours, resolve=False)))
+            return _Base(None if dependent else plain_config(ours))
         except (HydraException, OmegaConfBaseException, UserError):
-            return None  # the full composition says what is wrong
+            return _Base(None)  # the full composition says what is wrong
 
 
 @functools.lru_cache(maxsize=4096)

@@ -38,6 +38,8 @@ class Job:
 def run_sweep(jobs: Mapping[str, Job], launch: Launch, *, fail_fast: bool) -> list[TrainingResult]:
     """Run all jobs to their end, print the table, and return their results.
 
+    Those that have a result from before are counted and never launched, so that thousands of them take no time.
+
     Args:
         jobs: By run id.
         launch: Runs jobs, given their overrides; returns a result for each, in order, whose status is UNKNOWN where
@@ -47,9 +49,10 @@ def run_sweep(jobs: Mapping[str, Job], launch: Launch, *, fail_fast: bool) -> li
     Raises:
         SweepError: If a job failed; a defect that is not the training's own is raised as it is.
     """
-    results: dict[str, TrainingResult] = {}
+    results = {name: result for name, job in jobs.items() if (result := settled(job.config)) is not None}
     defects: list[Exception] = []
-    left = list(jobs)
+    left = [name for name in jobs if name not in results]
+    print(f"{len(jobs)} trainings" + (f", {len(results)} of them finished before" if results else ""), flush=True)
     while left:
         returns = launch([jobs[name].overrides for name in left])
         for name, job in zip(left, returns, strict=True):

@@ -77,9 +77,8 @@ def grid_jobs(experiment: str, *arguments: str) -> list[tuple[list[str], TrainCo
         base = [f"experiment={experiment}", *arguments]
         grid = OmegaConf.to_container(compose("train", base).grid)
         jobs = expand_grid(grid, base)  # type: ignore[arg-type]
-        composer = Composer(
-            lambda job: compose("train", job), GlobalHydra.instance().config_loader().repository.group_exists
-        )  # type: ignore[attr-defined]
+        loader: Any = GlobalHydra.instance().config_loader()
+        composer = Composer(lambda job: compose("train", job), loader.repository.group_exists)
         return [(job, composer.train_config(job)) for job in jobs]
 
 

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
+from drs.array_files import save_arrays
 from drs.attacks import is_bounded
 from drs.cells import Cell, plan_cells
+from drs.checkpoints import build_model_of
 from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, evaluate_config, loss_weight
-from drs.runs import RunFolder, build_model_of, run_folder, save_arrays
+from drs.runs import RunFolder, run_folder
 from drs.sweeper import register_plugins
 
 CLEAN_SAMPLES = {"digits": 500, "mnist": 10000}
@@ -75,6 +77,7 @@ def _write_run(run: RunFolder, config: TrainConfig, started: float) -> None:
     run.write_status(
         state="done", started=started, finished=started + seconds, train_seconds=seconds, epochs=config.epochs,
         device="cpu", torch=torch.__version__, val_accuracy=0.9,
+        files=run.describe_files(),
     )  # fmt: skip
 
 

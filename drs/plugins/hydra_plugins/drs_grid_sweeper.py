@@ -29,7 +29,6 @@ class GridSweeper(BasicSweeper):
         for overrides in expand_grid(grid, arguments):
             config = composer.train_config(overrides)
             jobs.setdefault(run_id(config), Job(overrides, config))
-        print(f"{len(jobs)} trainings", flush=True)
         fail_fast = any(job.config.fail_fast for job in jobs.values())
         return run_sweep(jobs, lambda overrides: self._launch(overrides, fail_fast), fail_fast=fail_fast)
 
