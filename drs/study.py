@@ -73,7 +73,11 @@ def is_current(evaluation: StudyEvaluation, config: EvaluateConfig) -> bool:
     stamp = evaluation.folder / STAMP
     if not stamp.exists() or not (evaluation.folder / "REPORT.md").exists():
         return False
-    return bool(json.loads(stamp.read_text()) == _made_from(evaluation, config))
+    try:
+        recorded = json.loads(stamp.read_bytes())
+    except ValueError:  # damaged, so it vouches for nothing
+        return False
+    return bool(recorded == _made_from(evaluation, config))
 
 
 def mark_current(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import threading
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from brief_study import CELLS, configuration
+from test_batches import LittleMemory
 
 from drs import evaluation as evaluation_module
 from drs.array_files import load_arrays_file, save_arrays
@@ -24,8 +26,8 @@ from drs.filling import fill_cell
 from drs.report_text import failures_section
 from drs.run_failures import failure_lines
 from drs.runs import RunFolder, iterate_runs
-from drs.study import only_writer
-from drs.tables import build_tables
+from drs.study import STAMP, is_current, mark_current, only_writer
+from drs.tables import attack_times, build_tables, busy_seconds, halved_batches
 
 
 @pytest.fixture
@@ -36,6 +38,9 @@ def results(brief_results: Path, tmp_path: Path) -> Path:
 
 def runs_of(results: Path) -> list[RunFolder]:
     return list(iterate_runs(results / "s"))
+
+
+NAMES = ["clean@inf", "fgsm@0.1", "fgsm@0.2", "pgd@0.1", "pgd@0.2"]
 
 
 def flip_bit(path: Path, position: float) -> None:
@@ -153,6 +158,62 @@ def test_damaged_and_outdated_cells_are_told_and_computed_again(
         after = load_arrays_file(path)
         for name in ("indices", "labels", "logits", "distance"):
             np.testing.assert_array_equal(arrays[name], after[name])
+
+
+def test_memory_of_a_gpu_that_runs_out_halves_the_batch_and_the_evaluation_goes_on(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = runs_of(results)[0]
+    original = RunFolder.load_model
+
+    def load_model(run: RunFolder, device: torch.device) -> torch.nn.Module:
+        model = original(run, device)
+        return LittleMemory(model, 10).eval() if run == short else model
+
+    monkeypatch.setattr(RunFolder, "load_model", load_model)
+    config = configuration(results)
+    found = evaluate_study(config)
+    assert found.failures == [] and found.computed == 3 * CELLS
+    tables, abouts = build_tables(found.cells, config.suite, found.folder)
+    assert len(tables["models"]) == 3
+    halved = halved_batches(abouts)
+    assert halved.keys() == {f"{short.run_id} {name}" for name in NAMES}
+    assert {sizes for sizes in halved.values()} == {"1000 to 8", "500 to 8"}
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_clock_that_jumps_changes_no_duration_of_an_attack(
+    results: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    now = [1.8e9]
+
+    def clock() -> float:
+        now[0] += jump
+        return now[0]
+
+    monkeypatch.setattr(time, "time", clock)
+    config = configuration(results)
+    began = time.monotonic()
+    found = evaluate_study(config)
+    took = time.monotonic() - began
+    for cell in found.cells:  # the system's clock sets the times of files
+        os.utime(cell.path, (clock(), clock()))
+    _, abouts = build_tables(found.cells, config.suite, found.folder)
+    assert found.failures == [] and found.computed == 3 * CELLS
+    assert 0 < busy_seconds(attack_times(abouts)) <= took + 0.01
+    assert evaluate_study(config).computed == 0, "no time of a file decides whether a cell is there"
+
+
+def test_record_of_what_tables_were_made_from_that_is_damaged_vouches_for_nothing(results: Path) -> None:
+    config = configuration(results)
+    evaluation = evaluate_study(config)
+    (results / "s" / "REPORT.md").touch()
+    mark_current(evaluation, config)
+    assert is_current(evaluation, config)
+    whole = (results / "s" / STAMP).read_bytes()
+    for damaged in (whole[:-9], b"", b"\xff" + whole[1:], b"[]", whole.replace(b'"timing"', b'"timinf"')):
+        (results / "s" / STAMP).write_bytes(damaged)
+        assert not is_current(evaluation, config)
 
 
 def test_cell_that_others_build_on_is_computed_again_where_it_is_damaged(

@@ -235,10 +235,13 @@ def test_provenance_and_limits(text: str) -> None:
 
 def test_strong_suite_changes_the_limits(tmp_path: Path) -> None:
     study = write_study(tmp_path / "strong")
-    (study / "provenance.json").write_text(json.dumps({**PROVENANCE, "suites": ["paper", "strong"], "dirty": True}))
+    more = {"suites": ["paper", "strong"], "dirty": True, "batches_halved": {"mnist-0-0 pgd@0.1": "80 to 20"}}
+    (study / "provenance.json").write_text(json.dumps({**PROVENANCE, **more}))
     text = write_report(study).read_text()
     assert "strong attacks were not run, so nothing" not in text and "attacks of the `paper` suite were run" not in text
     assert "with uncommitted changes" in text
+    assert "A GPU's memory ran out under these attacks" in text
+    assert ["mnist-0-0 pgd@0.1", "80 to 20"] in _tables(_section(text, "Attacks and how they are scored"))[-1]
     assert "No figure" not in text and "![" not in text  # none was drawn, so none is linked
 
 

@@ -83,7 +83,7 @@ def test_disk_without_any_room_is_one_line(tmp_path: Path, cache: Path) -> None:
 
 def test_file_that_is_too_large_for_the_limit_is_one_line(tmp_path: Path, cache: Path) -> None:
     limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]
-    status, _, errors = run(tmp_path, cache, *limited, *TRAIN, "epochs=1")
+    status, _, errors = run(tmp_path, cache, *limited, *TRAIN, "epochs=1", "save_seconds=1000")
     assert status == 2
     assert errors.count("\n") == 1
     assert "checkpoint.safetensors: cannot be written (File too large); raise the limit on the size of a file" in errors

@@ -111,9 +111,10 @@ def check_model(model: nn.Module, images: Tensor) -> None:
     vanish where the model is confident; and a forward pass that gives another answer the second time. Log-probabilities
     pass: they are logits up to a shift of each row.
     """
-    few = images[:16]
-    if not len(few):
-        return
+    in_batches(lambda start, stop: _check_answers(model, images[start:stop]), min(16, len(images)), 16, "the model")
+
+
+def _check_answers(model: nn.Module, few: Tensor) -> None:
     with full_precision():
         raw = model(few)
         if not isinstance(raw, Tensor):
