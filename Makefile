@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce figures bundle merge test test-bundle lint clean lock
+.PHONY: help setup data smoke reproduce status figures bundle merge test test-bundle lint clean lock
 
 help:  # lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,9 @@ smoke: setup  ## train, attack and report a tiny study on digits
 
 reproduce: setup  ## the whole study: laptop without a GPU, mnist and cifar10 with one (EXPERIMENT=smoke chooses)
 	@$(PY) scripts/reproduce.py $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)")
+
+status: setup  ## show the state of a study at any time (STUDY=NAME, and EXPERIMENT= SUITE= where they differ)
+	@$(PY) scripts/status.py "$(STUDY)" $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)") $(if $(SUITE),--suite "$(SUITE)")
 
 figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
 	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from drs.errors import UserError
 
 NORMS = ("linf", "l2")
+SLACK = 1e-6
+"""Rounding allowed beyond epsilon and the pixel range, in pixel units."""
 
 
 @dataclass
@@ -224,3 +226,8 @@ def check_attack(key: str, attack: AttackConfig) -> None:
     confidence = getattr(attack, "confidence", 0.0)
     if confidence < 0:
         raise UserError(f"{key}.confidence={confidence}: must be at least 0")
+
+
+def is_bounded(config: AttackConfig) -> bool:
+    """Return whether an attack takes an epsilon, so that each epsilon is an attack of its own."""
+    return not isinstance(config, CWConfig | CWTorchattacksConfig | FMNConfig | HopSkipJumpConfig)

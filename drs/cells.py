@@ -4,6 +4,7 @@ An attack without a bound has one cell. A cell's file name carries a fingerprint
 changed setting makes a new cell and an unchanged one is kept.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +15,10 @@ from typing import Any
 import numpy as np
 
 from drs.array_files import load_arrays_file
-from drs.attack_config import AttackConfig, ProjectedConfig, SanityConfig, TransferConfig
-from drs.attacks import is_bounded
-from drs.attacks.contract import SLACK
+from drs.attack_config import SLACK, AttackConfig, ProjectedConfig, SanityConfig, TransferConfig, is_bounded
 from drs.config import TrainConfig, fingerprint, identity, loss_label
 from drs.errors import DamagedFileError
 from drs.integrity import CHECKPOINT
-from drs.losses import LOSSES
 from drs.runs import RunFolder
 from drs.suite_config import (
     UNBOUNDED,
@@ -165,7 +163,7 @@ def _cell(
         selection = ("n_samples", "decisive", "standing_only")
         settings = {key: value for key, value in asdict(config).items() if key not in selection}
         if isinstance(config, ProjectedConfig):
-            objectives = tuple(config.objectives) or LOSSES[train.loss.name].adaptive_objectives
+            objectives = tuple(config.objectives) or _adaptive_objectives(train.loss.name)
             settings["objectives"] = list(objectives)
         content |= {"attack": settings, "epsilon": str(epsilon.value), "batch_size": batch_size}
     if source is not None:
@@ -175,6 +173,13 @@ def _cell(
     label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
     path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
     return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after)
+
+
+@functools.cache
+def _adaptive_objectives(loss: str) -> tuple[str, ...]:
+    from drs.losses import LOSSES  # takes torch with it, which a suite without such attacks need not import
+
+    return LOSSES[loss].adaptive_objectives
 
 
 def recorded_weights(run: RunFolder) -> str | None:

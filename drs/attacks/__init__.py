@@ -19,6 +19,7 @@ from drs.attack_config import (
     TargetedAPGDConfig,
     TargetedFABConfig,
     TransferConfig,
+    is_bounded,
 )
 from drs.attacks.carlini_wagner import CarliniWagner, TorchattacksCarliniWagner
 from drs.attacks.contract import Attack, AttackOutcome, perturbation_norm, run_attack
@@ -26,11 +27,6 @@ from drs.attacks.gradient_sign import FGSM, PGD
 from drs.attacks.projected import ProjectedAttack, RandomNoise, Transfer
 
 __all__ = ["Attack", "AttackOutcome", "build_attack", "is_bounded", "perturbation_norm", "run_attack"]
-
-
-def is_bounded(config: AttackConfig) -> bool:
-    """Return whether an attack takes an epsilon, so that each epsilon is an attack of its own."""
-    return not isinstance(config, CWConfig | CWTorchattacksConfig | FMNConfig | HopSkipJumpConfig)
 
 
 def build_attack(

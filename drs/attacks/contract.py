@@ -15,11 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drs.attack_config import SLACK
 from drs.batches import in_batches
 from drs.errors import UserError
-
-SLACK = 1e-6
-"""Rounding allowed beyond epsilon and the pixel range, in pixel units."""
 
 
 class Attack(Protocol):
