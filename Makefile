@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures bundle merge test test-bundle lint clean lock
+.PHONY: help setup data smoke reproduce status figures bundle merge test test-bundle test-slurm lint clean lock
 
 help:  # lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ test: lint  ## lint, then run the tests (WORKERS=4 runs four at a time)
 
 test-bundle: setup  ## run a bundle in a fresh environment that has torch alone and no network (minutes)
 	DRS_TEST_BUNDLE=1 $(PY) -m pytest -q tests/test_node.py
+
+test-slurm: setup  ## run a sweep on a real Slurm cluster of one node; installs Debian's slurm-wlm (as root; minutes)
+	@$(PY) tests/slurm_sweep.py
 
 lint: setup  ## check style, format and types
 	$(PY) -m ruff check
