@@ -152,27 +152,29 @@ def test_gradient_at_the_input_is_the_slope(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_eval_mode_treats_each_sample_alone_and_repeats(name: str) -> None:
+    """In float64, where rounding on any processor stays far below what mixing samples would do."""
     torch.manual_seed(0)
-    images = pixels("cifar10", 6)
-    model = settle(build(name), images)
+    images = pixels("cifar10", 4).double()
+    model = settle(build(name).double(), images)
     with torch.no_grad():
         together, again = model(images), model(images)
-        alone = torch.cat([model(images[index : index + 1]) for index in range(6)])
+        alone = torch.cat([model(images[index : index + 1]) for index in range(4)])
     assert torch.equal(together, again)
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
     assert not torch.allclose(together[0], together[1])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_memory_format_changes_nothing(name: str) -> None:
+    """In float64: float32 rounds differently in another order, by more on one processor than on another."""
     torch.manual_seed(0)
-    images = pixels("cifar10", 6)
-    model = settle(build(name), images)
+    images = pixels("cifar10", 4).double()
+    model = settle(build(name).double(), images)
     with torch.no_grad():
         expected = model(images)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         found = model(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MODELS)
