@@ -82,12 +82,14 @@ class ProjectedConfig(AttackConfig):
         steps: Gradient steps per restart.
         restarts: Per objective, and per target of a targeted one.
         relative_step_size: The first step as a share of epsilon; it shrinks to 0.
+        random_start: Start the first restart at random too, rather than at the clean image.
     """
 
     objectives: list[str] = field(default_factory=list)
     steps: int = 50
     restarts: int = 1
     relative_step_size: float = 1.0
+    random_start: bool = False
 
 
 @dataclass

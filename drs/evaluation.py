@@ -15,13 +15,16 @@ from drs.claiming import ClaimedElsewhere, ClaimLost, claim
 from drs.config import EvaluateConfig, TrainConfig, run_id
 from drs.device import choose_device
 from drs.errors import DamagedFileError, UnwritableError, UserError
-from drs.evaluation_workers import Progress, count_workers, worker_pool
+from drs.evaluation_workers import Progress, as_they_come, count_workers, worker_pool
 from drs.files import remove_leftovers
 from drs.filling import fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
 from drs.run_failures import RunFailure, forget_failure, record_failure
 from drs.runs import RunFolder, finished_runs, iterate_runs, study_folder
+from drs.spreading import fill_side_by_side
 
+SPREAD_SECONDS = 5.0
+"""How long a single run is evaluated in one process: others take as long to start."""
 POLL_SECONDS = 1.0
 """How often an evaluation looks whether a run that another one is at work on has become free."""
 
@@ -74,7 +77,7 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     cells = {run: plan_cells(run, config.suite, known) for run in known if run not in damaged}
     todo = {run: missing for run, planned in cells.items() if (missing := _missing(planned))}
     total = sum(map(len, todo.values()))
-    workers = count_workers(config, device, len(todo))
+    workers, per_run = count_workers(config, device, len(todo))
     share = f", {workers} runs at a time" if workers > 1 else ""
     print(
         f"{config.study}: {len(cells)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute{share}",
@@ -82,7 +85,7 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     )
     computed = 0
     with closing(Progress(total, len(todo), config.progress)) as progress:
-        for outcome in _evaluate(todo, device, workers, progress):
+        for outcome in _evaluate(todo, device, workers, per_run, progress):
             computed += outcome.computed
             if outcome.failure is not None:
                 failures.append(outcome.failure)
@@ -145,11 +148,11 @@ def _missing(cells: list[Cell]) -> list[Cell]:
 
 
 def _evaluate(
-    todo: dict[RunFolder, list[Cell]], device: torch.device, workers: int, progress: Progress
+    todo: dict[RunFolder, list[Cell]], device: torch.device, workers: int, per_run: int, progress: Progress
 ) -> Iterator[Outcome]:
     """Yield the outcome of every run, first of those that are free, then of those that another evaluation had."""
     said = False
-    with _caller(workers, progress) as call:
+    with _caller(workers, per_run, progress) as call:
         while todo:
             put_off = []
             for outcome in call([(run, cells, device) for run, cells in todo.items()]):
@@ -173,39 +176,60 @@ Call = Callable[[list[tuple[Any, ...]]], Iterator[Outcome]]
 
 
 @contextmanager
-def _caller(workers: int, progress: Progress) -> Iterator[Call]:
+def _caller(workers: int, per_run: int, progress: Progress) -> Iterator[Call]:
     """Yield what calls ``evaluate_run``: in worker processes, or here if there is to be one at a time."""
 
     def in_turn(tasks: list[tuple[Any, ...]]) -> Iterator[Outcome]:
         for run, cells, device in tasks:
-            yield evaluate_run(run, cells, device, progress)
+            yield evaluate_run(run, cells, device, progress, per_run)
 
     with worker_pool(workers) if workers > 1 else nullcontext() as pool:
-        yield in_turn if pool is None else lambda tasks: pool(evaluate_run, tasks)
+        yield in_turn if pool is None else lambda tasks: as_they_come(pool, evaluate_run, tasks)
 
 
-def evaluate_run(run: RunFolder, cells: list[Cell], device: torch.device, progress: Progress | None = None) -> Outcome:
+def evaluate_run(
+    run: RunFolder, cells: list[Cell], device: torch.device, progress: Progress | None = None, processes: int = 1
+) -> Outcome:
     """Compute those of a run's cells that are missing, up to the first that fails, under the run's claim.
+
+    What is left after ``SPREAD_SECONDS`` is spread over several processes, if there may be more than one.
 
     Raises:
         UnwritableError: If results cannot be written, which no other run will fare better with.
     """
     began = time.perf_counter()
     computed, where = 0, "its checkpoint"
+
+    def begun(cell: Cell) -> None:
+        nonlocal where
+        where = cell.title
+        if progress is not None:
+            progress.show(f"{cell.train.data.name} {cell.train.loss.name} {cell.title}")
+
+    def done(_: Cell, count: int) -> None:
+        nonlocal computed
+        computed += count
+        if progress is not None:
+            progress.advance(1)
+
     try:
         with claim(run.path / "eval" / ".claim", f"the evaluation of run {run.run_id}") as held:
             try:
                 remove_leftovers(run.path / "eval")
                 queue = _missing(cells)
                 model = run.load_model(device) if queue else None
-                for cell in queue:
-                    where = cell.title
-                    if progress is not None:
-                        progress.show(f"{cell.train.data.name} {cell.train.loss.name} {cell.title}")
+                while queue and (processes == 1 or time.perf_counter() - began < SPREAD_SECONDS):
                     assert model is not None
-                    computed += _fill(cell, model, device, held.check)
-                    if progress is not None:
-                        progress.advance(1)
+                    cell = queue.pop(0)
+                    begun(cell)
+                    done(cell, _fill(cell, model, device, held.check))
+                if queue:
+                    assert model is not None
+                    with worker_pool(processes) as pool:
+                        fill_side_by_side(
+                            pool, processes, queue, device, before_writing=held.check, when_begun=begun, when_done=done,
+                            fill_here=lambda cell: _fill(cell, model, device, held.check),
+                        )  # fmt: skip
             except (UnwritableError, ClaimLost):
                 raise
             except Exception as error:  # whatever it is, it is this run's: recorded, told, and the others go on

@@ -29,24 +29,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> int:
-    """Return how many runs are evaluated at a time: as asked, or on a CPU one for each core, at most ``MAX_WORKERS``.
+def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> tuple[int, int]:
+    """Return how many runs are evaluated at a time, and over how many processes the batches of a run are spread.
 
-    Small networks lose more to threads that wait for each other than a second core gives them, so one thread for
-    each of several runs beats several threads for one.
+    As many processes as asked, or on a CPU one for each core, at most ``MAX_WORKERS``. Small networks lose more to
+    threads that wait for each other than a second core gives them, so one thread for each of several runs beats
+    several threads for one; where there is but one run, its batches are spread.
     """
     wanted = config.workers
     if wanted is None:
         wanted = min(available_cores(), MAX_WORKERS) if device.type == "cpu" else 1
-    return max(1, min(wanted, n_runs))
+    return max(1, min(wanted, n_runs)), wanted if n_runs == 1 else 1
 
 
 @contextmanager
-def worker_pool(workers: int) -> Iterator[Callable[[Callable[..., Result], list[tuple[Any, ...]]], Iterator[Result]]]:
-    """Yield a function that calls another with each of some tuples of arguments, in worker processes.
-
-    It yields the results as they come. After an error or an interrupt the workers are ended at once; whatever they
-    write is whole or not there.
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yield worker processes. After an error or an interrupt they are ended at once; what they write is whole or not
+    there.
 
     Raises:
         UserError: If a worker process is ended from outside.
@@ -54,13 +53,8 @@ def worker_pool(workers: int) -> Iterator[Callable[[Callable[..., Result], list[
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cores() // workers)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))
-
-    def call(function: Callable[..., Result], tasks: list[tuple[Any, ...]]) -> Iterator[Result]:
-        for future in as_completed([pool.submit(function, *task) for task in tasks]):
-            yield future.result()
-
     try:
-        yield call
+        yield pool
     except BaseException as error:
         for process in (getattr(pool, "_processes", None) or {}).values():
             process.terminate()
@@ -72,6 +66,14 @@ def worker_pool(workers: int) -> Iterator[Callable[[Callable[..., Result], list[
             ) from None
         raise
     pool.shutdown()
+
+
+def as_they_come(
+    pool: ProcessPoolExecutor, function: Callable[..., Result], tasks: list[tuple[Any, ...]]
+) -> Iterator[Result]:
+    """Call a function with each of some tuples of arguments, in worker processes; yield the results as they come."""
+    for future in as_completed([pool.submit(function, *task) for task in tasks]):
+        yield future.result()
 
 
 def _start_worker(parent: int, threads: int) -> None:

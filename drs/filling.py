@@ -3,8 +3,8 @@
 import functools
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,36 @@ def clean_logits(model: nn.Module, data: LabelledImages, source: str) -> tuple[t
     return torch.cat(parts), size
 
 
+@dataclass(frozen=True)
+class Before:
+    """What the cells before one made of its N samples.
+
+    Attributes:
+        logits: ``[N, K]`` of the samples that have fallen; None without cells before.
+        distance: ``[N]`` of the samples that have fallen, 0 elsewhere.
+        standing: ``[N]`` bool, the samples that this cell is about.
+    """
+
+    logits: np.ndarray | None
+    distance: np.ndarray
+    standing: np.ndarray
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was computed of a cell for some of its samples.
+
+    Attributes:
+        arrays: With a row, or a column of ``standing``, for each sample.
+        batch_size: Samples per batch: as asked, or less where a GPU's memory ran out.
+        probes: The names of the rows of ``standing``.
+    """
+
+    arrays: dict[str, np.ndarray]
+    batch_size: int
+    probes: tuple[str, ...] = ()
+
+
 def fill_cell(
     cell: Cell, model: nn.Module, device: torch.device, before_writing: Callable[[], None] | None = None
 ) -> float:
@@ -67,9 +97,80 @@ def fill_cell(
     starts are drawn batch by batch and torchattacks' CW stops on the total over a batch, so that the same cell comes
     out a little different in smaller batches. It stays the same cell; the report lists it.
     """
-    data, indices = load_test(cell.train.data, cell.n, device)
-    source = f"run {cell.run.run_id}"
     began = time.perf_counter()
+    before = read_before(cell, device)
+    count = int(before.standing.sum())
+    parts = [compute_part(cell, model, device, before.standing, 0, count)] if count else []
+    return write_cell(cell, device, before, parts, began, before_writing)
+
+
+def read_before(cell: Cell, device: torch.device) -> Before:
+    """Return what the cells before one made of its samples; a sample stands that none of them fooled."""
+    n = len(load_test(cell.train.data, cell.n, device)[0])
+    logits, distance, standing = None, np.zeros(n), np.ones(n, dtype=bool)
+    for earlier in cell.after:
+        arrays = load_arrays_file(earlier.path)
+        count = min(n, len(arrays["labels"]))
+        fallen = ~standing_at(arrays, cell.epsilon.value)[:count] & standing[:count]
+        if logits is None:
+            logits = np.zeros((n, arrays["logits"].shape[1]), dtype=np.float32)
+        logits[:count][fallen] = arrays["logits"][:count][fallen]
+        distance[:count][fallen] = arrays["distance"][:count][fallen]
+        standing[:count] &= ~fallen
+    return Before(logits, distance, standing)
+
+
+def compute_part(
+    cell: Cell, model: nn.Module, device: torch.device, standing: np.ndarray, start: int, stop: int
+) -> Part:
+    """Compute a cell for those of its standing samples that are number ``start`` to ``stop`` of them.
+
+    Where ``start`` is the first sample of a batch, the part is what a computation of all would have there.
+    """
+    data, _ = load_test(cell.train.data, cell.n, device)
+    try:
+        if isinstance(cell.config, AttackConfig):
+            chosen = torch.from_numpy(np.flatnonzero(standing)[start:stop]).to(device)
+            source = cell.source.load_model(device) if cell.source else None
+            outcome = run_attack(
+                build_attack(cell.config, adaptive_objectives=cell.objectives, source=source),
+                model, data.pixels(chosen), data.labels[chosen],
+                epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=cell.config.seed + start,
+            )  # fmt: skip
+            arrays = {"logits": outcome.logits.numpy(), "distance": outcome.distance.numpy()}
+            return Part(arrays, outcome.batch_size)
+        if isinstance(cell.config, SanityConfig):
+            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config)
+            arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
+            return Part(arrays, probes.batch_size, tuple(probes.standing))
+        logits, size = clean_logits(model, data, "clean images")
+        return Part({"logits": logits.numpy(), "distance": np.zeros(len(data))}, size)
+    except DamagedFileError:
+        raise
+    except UserError as error:
+        raise UserError(f"run {cell.run.run_id}, {cell.title}: {error}") from None
+
+
+def write_cell(
+    cell: Cell,
+    device: torch.device,
+    before: Before,
+    parts: Sequence[Part],
+    began: float,
+    before_writing: Callable[[], None] | None = None,
+) -> float:
+    """Write the arrays of a cell from its parts, in order; return the seconds since ``began``.
+
+    Args:
+        cell: The cell.
+        device: Where it was computed.
+        before: What ``read_before`` returned.
+        parts: Of all standing samples; none where no sample stood.
+        began: ``time.perf_counter()`` at the start.
+        before_writing: See ``fill_cell``.
+    """
+    data, indices = load_test(cell.train.data, cell.n, device)
+    size = min((part.batch_size for part in parts), default=cell.batch_size)
     about: dict[str, Any] = {
         "attack": cell.attack,
         "config": asdict(cell.config) if cell.config is not None else None,
@@ -80,20 +181,13 @@ def fill_cell(
         "torch": torch.__version__,
         "weights": recorded_weights(cell.run),
     }
-    try:
-        if isinstance(cell.config, AttackConfig):
-            arrays, size = _attack(cell, cell.config, model, data, device)
-        elif isinstance(cell.config, SanityConfig):
-            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config)
-            about["probes"], size = list(probes.standing), probes.batch_size
-            arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
-        else:
-            logits, size = clean_logits(model, data, "clean images")
-            arrays = {"logits": logits.numpy(), "distance": np.zeros(len(data))}
-    except DamagedFileError:
-        raise
-    except UserError as error:
-        raise UserError(f"{source}, {cell.title}: {error}") from None
+    if cell.is_attack:
+        arrays = _with_fallen(before, parts)
+    else:
+        (part,) = parts
+        arrays = part.arrays
+        if part.probes:
+            about["probes"] = list(part.probes)
     if size < cell.batch_size:
         about["batch_halved"] = {"from": cell.batch_size, "to": size}
     about["seconds"] = seconds = time.perf_counter() - began
@@ -109,38 +203,15 @@ def fill_cell(
     return seconds
 
 
-def _attack(
-    cell: Cell, config: AttackConfig, model: nn.Module, data: LabelledImages, device: torch.device
-) -> tuple[dict[str, np.ndarray], int]:
-    source = cell.source.load_model(device) if cell.source else None
-    attack = build_attack(config, adaptive_objectives=cell.objectives, source=source)
-    images, labels = data.pixels(), data.labels
-    logits, distance, standing = _before(cell, len(images))
-    size = cell.batch_size
-    if standing.any():
-        chosen = torch.from_numpy(np.flatnonzero(standing)).to(device)
-        outcome = run_attack(
-            attack, model, images[chosen], labels[chosen], epsilon=cell.epsilon.value, batch_size=size,
-            seed=config.seed,
-        )  # fmt: skip
-        size = outcome.batch_size
+def _with_fallen(before: Before, parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """Return the arrays of an attack: what the cells before it made of the fallen, and what it made of the others."""
+    logits, distance, standing = before.logits, before.distance, before.standing
+    if parts:
+        found = np.concatenate([part.arrays["logits"] for part in parts])
         if logits is None:
-            logits = outcome.logits.numpy()
-        logits[standing], distance[standing] = outcome.logits.numpy(), outcome.distance.numpy()
+            logits = found
+        else:
+            logits[standing] = found
+        distance[standing] = np.concatenate([part.arrays["distance"] for part in parts])
     assert logits is not None  # without cells before this one every sample stands
-    return {"logits": logits, "distance": distance, "attacked": standing}, size
-
-
-def _before(cell: Cell, n: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """Return what the cells before one made of its samples: logits ``[N, K]``, distances and which still stand."""
-    logits, distance, standing = None, np.zeros(n), np.ones(n, dtype=bool)
-    for earlier in cell.after:
-        arrays = load_arrays_file(earlier.path)
-        count = min(n, len(arrays["labels"]))
-        fallen = ~standing_at(arrays, cell.epsilon.value)[:count] & standing[:count]
-        if logits is None:
-            logits = np.zeros((n, arrays["logits"].shape[1]), dtype=np.float32)
-        logits[:count][fallen] = arrays["logits"][:count][fallen]
-        distance[:count][fallen] = arrays["distance"][:count][fallen]
-        standing[:count] &= ~fallen
-    return logits, distance, standing
+    return {"logits": logits, "distance": distance, "attacked": standing}

@@ -66,7 +66,8 @@ def test_workers_are_as_many_as_asked_but_no_more_than_runs(results: Path) -> No
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     config = configuration(results)
-    assert count_workers(config, cpu, 100) == min(4, available_cores())
-    assert count_workers(config, gpu, 100) == 1, "models share a GPU one after the other"
-    assert count_workers(config, cpu, 1) == 1
-    assert count_workers(configuration(results, "workers=7"), cpu, 3) == 3
+    assert count_workers(config, cpu, 100) == (min(4, available_cores()), 1)
+    assert count_workers(config, gpu, 100) == (1, 1), "models share a GPU one after the other"
+    assert count_workers(config, cpu, 1) == (1, min(4, available_cores())), "one run is spread"
+    assert count_workers(config, gpu, 1) == (1, 1)
+    assert count_workers(configuration(results, "workers=7"), cpu, 3) == (3, 1)

@@ -59,7 +59,10 @@ def build_attack(
         if not objectives:
             raise ValueError("gradient steps need an objective: name one, or pass those of the model's loss")
         name = f"PGD on {' and '.join(objectives)}"
-        return ProjectedAttack(name, objectives, config.norm, config.steps, config.restarts, config.relative_step_size)
+        return ProjectedAttack(
+            name, objectives, config.norm, config.steps, config.restarts, config.relative_step_size,
+            config.random_start,
+        )  # fmt: skip
     if isinstance(config, TransferConfig):
         if source is None:
             raise ValueError("a transfer attack needs the model that it is made on")

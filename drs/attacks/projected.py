@@ -108,7 +108,8 @@ def climb(
 class ProjectedAttack:
     """Gradient steps on one or more objectives, with restarts; what has fallen is left alone.
 
-    The first restart of every objective starts at the clean image, the others at random in the ball.
+    The first restart of every objective starts at the clean image unless ``random_start``, the others at random in the
+    ball.
 
     Args:
         name: For messages.
@@ -117,6 +118,7 @@ class ProjectedAttack:
         steps: Gradient steps per restart.
         restarts: Per objective, and per target of a targeted one.
         relative_step_size: The first step as a share of epsilon.
+        random_start: Start the first restart at random too.
     """
 
     bounded = True
@@ -129,6 +131,7 @@ class ProjectedAttack:
         steps: int,
         restarts: int,
         relative_step_size: float,
+        random_start: bool = False,
     ) -> None:
         self.name = name
         self.objectives = tuple(objectives)
@@ -136,6 +139,7 @@ class ProjectedAttack:
         self.steps = steps
         self.restarts = restarts
         self.relative_step_size = relative_step_size
+        self.random_start = random_start
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         """See ``drs.attacks.contract.Attack``."""
@@ -159,7 +163,8 @@ class ProjectedAttack:
                     ) -> Tensor:
                         return objective(logits, truth, places[positions])
 
-                    start = random_start(centre, epsilon, self.norm) if restart else centre
+                    at_random = self.random_start or restart > 0
+                    start = random_start(centre, epsilon, self.norm) if at_random else centre
                     found, fallen, _ = climb(
                         model, centre, truth, epsilon, placed, norm=self.norm, steps=self.steps,
                         relative_step_size=self.relative_step_size, start=start,

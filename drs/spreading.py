@@ -1,0 +1,136 @@
+"""The cells of one run, spread over worker processes batch by batch.
+
+A batch is seeded with its place among the samples of its cell, so who computes it changes nothing in the arrays but the
+order of sums, which the number of threads decides.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from drs.cells import Cell
+from drs.errors import DamagedFileError
+from drs.filling import Before, Part, compute_part, read_before, write_cell
+from drs.runs import RunFolder
+
+
+@dataclass
+class _Open:
+    """A cell at work: what came before it, the batches that are not yet begun, and the parts that are there."""
+
+    cell: Cell
+    before: Before
+    began: float
+    todo: list[tuple[int, int]]
+    parts: dict[int, Part] = field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=1)
+def _model_of(run: RunFolder, device: torch.device) -> nn.Module:
+    return run.load_model(device)
+
+
+def _compute(cell: Cell, device: torch.device, standing: np.ndarray, start: int, stop: int) -> Part:
+    """Compute a part in a worker process."""
+    return compute_part(cell, _model_of(cell.run, device), device, standing, start, stop)
+
+
+def batches_of(cell: Cell, count: int) -> list[tuple[int, int]]:
+    """Return where each batch of ``count`` samples starts and stops; clean images and the checks are one batch."""
+    if not cell.is_attack:
+        return [(0, count)]
+    return [(start, min(start + cell.batch_size, count)) for start in range(0, count, cell.batch_size)]
+
+
+def in_order_of_need(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with those first that the most other cells wait for, one after another; else as they come."""
+    heights: dict[Path, int] = {}
+    for cell in reversed(cells):
+        later = [heights[other.path] for other in cells if other.path in heights and cell in other.after]
+        heights[cell.path] = 1 + max(later, default=0)
+    return sorted(cells, key=lambda cell: -heights[cell.path])
+
+
+def fill_side_by_side(
+    pool: ProcessPoolExecutor,
+    workers: int,
+    cells: Sequence[Cell],
+    device: torch.device,
+    *,
+    fill_here: Callable[[Cell], int],
+    before_writing: Callable[[], None],
+    when_begun: Callable[[Cell], None],
+    when_done: Callable[[Cell, int], None],
+) -> None:
+    """Compute cells of one run in worker processes, as many batches at a time as there are workers.
+
+    Args:
+        pool: Of ``drs.evaluation_workers.worker_pool``.
+        workers: Its processes.
+        cells: Missing cells, in the order of the plan.
+        device: Where to compute.
+        fill_here: Computes a cell in this process, and those before it that are damaged; returns how many.
+        before_writing: See ``drs.filling.fill_cell``.
+        when_begun: Called with a cell before its first batch, and before what may fail.
+        when_done: Called with every cell that is written, and with how many cells were computed for it.
+
+    Raises:
+        UserError: As ``drs.filling.fill_cell``; what is running then is for the pool to end.
+    """
+    waiting = in_order_of_need(cells)
+    unwritten = {cell.path for cell in cells}
+    at_work: list[_Open] = []
+    running: dict[Future[Part], tuple[_Open, int]] = {}
+
+    def finish(opened: _Open) -> None:
+        at_work.remove(opened)
+        parts = [opened.parts[start] for start in sorted(opened.parts)]
+        write_cell(opened.cell, device, opened.before, parts, opened.began, before_writing)
+        unwritten.discard(opened.cell.path)
+        when_done(opened.cell, 1)
+
+    def begin_next() -> bool:
+        """Begin the first cell that waits for no other; return whether there is one."""
+        for cell in waiting:
+            if any(earlier.path in unwritten for earlier in cell.after):
+                continue
+            waiting.remove(cell)
+            when_begun(cell)
+            try:
+                before = read_before(cell, device)
+            except DamagedFileError:
+                count = fill_here(cell)
+                unwritten.discard(cell.path)
+                when_done(cell, count)
+                return True
+            opened = _Open(cell, before, time.perf_counter(), batches_of(cell, int(before.standing.sum())))
+            at_work.append(opened)
+            if not opened.todo:
+                finish(opened)
+            return True
+        return False
+
+    while waiting or at_work:
+        while len(running) < workers:
+            opened = next((opened for opened in at_work if opened.todo), None)
+            if opened is None:
+                if not begin_next():
+                    break
+                continue
+            start, stop = opened.todo.pop(0)
+            future = pool.submit(_compute, opened.cell, device, opened.before.standing, start, stop)
+            running[future] = opened, start
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            opened, start = running.pop(future)
+            when_begun(opened.cell)
+            opened.parts[start] = future.result()
+            if not opened.todo and not any(other is opened for other, _ in running.values()):
+                finish(opened)

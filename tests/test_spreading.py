@@ -1,0 +1,102 @@
+"""One run's cells spread over processes: the arrays of one process, whatever is damaged or fails on the way."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from brief_study import CELLS, configuration
+
+from drs import evaluation as evaluation_module
+from drs.array_files import load_arrays_file
+from drs.cells import Cell, plan_cells
+from drs.evaluation import evaluate_study
+from drs.evaluation_workers import worker_pool
+from drs.runs import RunFolder, iterate_runs
+from drs.spreading import batches_of, in_order_of_need
+
+# A batch is smaller than what stands, and PGD waits for FGSM.
+OVERRIDES = [
+    "workers=2", "+suite.attacks.fgsm.decisive=true", "+suite.attacks.pgd.decisive=true",
+    "+suite.attacks.pgd.standing_only=true", "suite.batch_size=7",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with worker_pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def run(
+    brief_results: Path, tmp_path: Path, pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RunFolder]:
+    """The only run of a study; all of its evaluation is spread."""
+    first = next(iter(iterate_runs(brief_results / "s")))
+    shutil.copytree(first.path, tmp_path / "s" / "runs" / first.run_id)
+    monkeypatch.setattr(evaluation_module, "SPREAD_SECONDS", -1.0)
+    monkeypatch.setattr(evaluation_module, "worker_pool", lambda workers: nullcontext(pool))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the processes has here
+    yield RunFolder(tmp_path / "s" / "runs" / first.run_id)
+    torch.set_num_threads(threads)
+
+
+def arrays_of(cells: list[Cell]) -> dict[Path, dict[str, np.ndarray]]:
+    return {cell.path: load_arrays_file(cell.path) for cell in cells}
+
+
+def test_spread_batches_are_those_of_one_process(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path, *OVERRIDES)
+    found = evaluate_study(config)
+    assert found.computed == len(found.cells) == CELLS
+    spread = arrays_of(found.cells)
+    assert any(0 < arrays["attacked"].sum() < 30 for arrays in spread.values() if "attacked" in arrays)
+    shutil.rmtree(run.path / "eval")
+    monkeypatch.setattr(evaluation_module, "SPREAD_SECONDS", 1e9)
+    for path, arrays in arrays_of(evaluate_study(config).cells).items():
+        for name in ("indices", "labels", "logits", "distance"):
+            np.testing.assert_allclose(spread[path][name], arrays[name], atol=1e-5)
+
+
+def test_damaged_earlier_cell_is_computed_again(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration(tmp_path, *OVERRIDES)
+    evaluate_study(config)
+    pgd = next(cell for cell in plan_cells(run, config.suite, {run: run.config()}) if cell.attack == "pgd")
+    (fgsm,) = pgd.after
+    before = load_arrays_file(pgd.path)
+    fgsm.path.write_bytes(fgsm.path.read_bytes()[:-9])
+    pgd.path.unlink()
+    assert evaluate_study(config).computed == 2
+    assert f"{fgsm.path}: not a whole array file" in capsys.readouterr().out
+    np.testing.assert_allclose(before["logits"], load_arrays_file(pgd.path)["logits"], atol=1e-5)
+
+
+def test_cell_that_fails_in_a_process_is_named(run: RunFolder, tmp_path: Path) -> None:
+    model = run.load_model(torch.device("cpu"))
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    run.save_weights(model, "mlp")
+    run.write_status(**{**run.status(), "files": run.describe_files()})
+    with pytest.raises(Exception, match=rf"run {run.run_id}, fgsm@0.1: .* logits that are not finite"):
+        evaluate_study(configuration(tmp_path, *OVERRIDES))
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_cells_that_others_wait_for_come_first(run: RunFolder, tmp_path: Path) -> None:
+    config = configuration(tmp_path, *OVERRIDES)
+    cells = plan_cells(run, config.suite, {run: run.config()})
+    assert [cell.attack for cell in cells] == ["clean", "fgsm", "fgsm", "pgd", "pgd"]
+    assert [cell.attack for cell in in_order_of_need(cells)] == ["fgsm", "fgsm", "clean", "pgd", "pgd"]
+    assert batches_of(cells[0], 30) == [(0, 30)]
+    assert batches_of(cells[1], 30) == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 30)]
+    assert batches_of(cells[1], 0) == []
