@@ -182,7 +182,8 @@ def test_cells_know_their_objectives_their_source_and_what_comes_before(runs: li
     assert not any(cell.attack == "transfer" for cell in plan_cells(own, suite(), configs([own])))
     changed = plan_cells(own, suite("suite.attacks.margin_pgd.steps=3"), configs(runs))
     moved = {cell.attack for cell, other in zip(cells, changed, strict=True) if cell.path != other.path}
-    assert moved == {"margin_pgd", "adaptive", "apgd_t", "fab_t", "square"}, "what comes after a changed attack is new"
+    after = {"margin_pgd", "apgd_ce", "adaptive", "apgd_t", "fab_t", "square"}
+    assert moved == after, "what comes after a changed attack is new"
 
 
 def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFolder]) -> None:
@@ -212,5 +213,5 @@ def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFol
     assert row["worst"] == pytest.approx(least.mean())
     assert row["n"] == 40
     cumulative = {item["attack"] for item in reading.accuracy if item["cumulative"]}
-    assert cumulative == {"adaptive", "apgd_t", "square"}
+    assert cumulative == {"apgd_ce", "adaptive", "apgd_t", "square"}
     assert isinstance(bounded[2].config, ProjectedConfig)
