@@ -75,7 +75,9 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     damaged = {failure.run for failure in failures}
     # A damaged run may still be the source of another's transfer attack: what is planned must not depend on damage.
     cells = {run: plan_cells(run, config.suite, known) for run in known if run not in damaged}
-    todo = {run: missing for run, planned in cells.items() if (missing := _missing(planned))}
+    # The longest first, so that no process waits long for the last.
+    heavy = sorted(cells, key=lambda run: -known[run].data.channels * known[run].data.size ** 2)
+    todo = {run: missing for run in heavy if (missing := _missing(cells[run]))}
     total = sum(map(len, todo.values()))
     workers, per_run = count_workers(config, device, len(todo))
     share = f", {workers} runs at a time" if workers > 1 else ""
