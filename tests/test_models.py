@@ -274,3 +274,25 @@ def test_shim_does_nothing_where_it_has_no_cause(tmp_path: Path, error: str | No
         tmp_path,
     )
     assert found.splitlines() == ["something else" if error else "torchvision", "False"]
+
+
+@pytest.mark.parametrize(("name", "data"), [("lenet", "mnist"), ("smallcnn", "cifar10"), ("resnet9", "cifar10")])
+def test_pooling_before_the_cut_at_zero_changes_no_bit(name: str, data: str) -> None:
+    options = {} if name == "lenet" else {"width": 4}
+    images = pixels(data, 8).contiguous(memory_format=torch.channels_last)
+    found = []
+    for swap in (False, True):
+        torch.manual_seed(0)
+        model = build(name, data, **options).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        swapped = 0
+        for chain in [module for module in model.modules() if isinstance(module, nn.Sequential)] if swap else []:
+            for i in range(len(chain) - 1):
+                if isinstance(chain[i], nn.MaxPool2d) and isinstance(chain[i + 1], nn.ReLU):
+                    chain[i], chain[i + 1] = chain[i + 1], chain[i]
+                    swapped += 1
+        leaf = images.clone().requires_grad_()
+        logits = model(leaf)
+        logits.square().sum().backward()
+        found.append([logits, leaf.grad, *(parameter.grad for parameter in model.parameters())])
+        assert bool(swapped) == swap, "nothing was there to swap"
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
