@@ -16,7 +16,7 @@ import numpy as np
 
 from drs.array_files import load_arrays_file
 from drs.attack_config import SLACK, AttackConfig, ProjectedConfig, SanityConfig, TransferConfig, is_bounded
-from drs.config import TrainConfig, fingerprint, identity, loss_label
+from drs.config import TrainConfig, fingerprint, loss_label
 from drs.errors import DamagedFileError
 from drs.integrity import CHECKPOINT
 from drs.runs import RunFolder
@@ -82,6 +82,12 @@ def standing_at(arrays: dict[str, np.ndarray], epsilon: float) -> np.ndarray:
     right = arrays["logits"].argmax(1) == arrays["labels"]
     standing: np.ndarray = right | (arrays["distance"] > epsilon + SLACK)
     return standing
+
+
+def plan_study(suite: SuiteConfig, configs: Mapping[RunFolder, TrainConfig]) -> dict[RunFolder, list[Cell]]:
+    """Return the cells of every run of a study, as ``plan_cells`` does; each run is compared with those it may need."""
+    sources = {run: config for run, config in configs.items() if loss_label(config) == "ce"}
+    return {run: plan_cells(run, suite, {**sources, run: config}) for run, config in configs.items()}
 
 
 def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, TrainConfig]) -> list[Cell]:
@@ -156,7 +162,7 @@ def _cell(
     source: RunFolder | None = None,
     after: tuple[Cell, ...] = (),
 ) -> Cell:
-    content: dict[str, Any] = {"data": identity(train)["data"]["name"], "n": n}
+    content: dict[str, Any] = {"data": train.data.name, "n": n}
     objectives: tuple[str, ...] = ()
     if config is not None:
         # Where and on what an attack runs is in n, epsilon and after; the rest is what it does.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from drs.allocator import keep_freed_memory
-from drs.cells import Cell, plan_cells, read_cells
+from drs.cells import Cell, plan_study, read_cells
 from drs.claiming import ClaimedElsewhere, ClaimLost, claim
 from drs.config import EvaluateConfig, TrainConfig, run_id
 from drs.device import choose_device
@@ -74,7 +74,7 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     device = choose_device(config.device)
     damaged = {failure.run for failure in failures}
     # A damaged run may still be the source of another's transfer attack: what is planned must not depend on damage.
-    cells = {run: plan_cells(run, config.suite, known) for run in known if run not in damaged}
+    cells = {run: planned for run, planned in plan_study(config.suite, known).items() if run not in damaged}
     # The longest first, so that no process waits long for the last.
     heavy = sorted(cells, key=lambda run: -known[run].data.channels * known[run].data.size ** 2)
     todo = {run: missing for run in heavy if (missing := _missing(cells[run]))}

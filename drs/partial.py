@@ -106,7 +106,7 @@ def _part(
     rng = np.random.default_rng(seed)
     every = np.column_stack(values)
     counts = {"observed": np.ones((1, n)), "draws": draw_counts(n, n_bootstrap, rng), "left_out": 1 - np.eye(n)}
-    spearman = {name: coefficients(every, every, own)["spearman"] for name, own in counts.items()}
+    spearman = {name: coefficients(every, every, own, ("spearman",))["spearman"] for name, own in counts.items()}
     orders = draw_permutations(n, n_permutations, rng)
     results = []
     for chosen in sets:

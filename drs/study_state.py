@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drs.cells import plan_cells
+from drs.cells import plan_study
 from drs.claiming import owner_of
 from drs.config import TrainConfig, procedure_name, run_id
 from drs.errors import DamagedFileError, UserError
@@ -132,10 +132,9 @@ def count_cells(states: Sequence[RunState], suite: SuiteConfig) -> CellCount:
                 continue
     done = total = working = 0
     failures = []
-    for run in configs:
+    for run, planned in plan_study(suite, configs).items():
         folder = run.path / "eval"
         present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        planned = plan_cells(run, suite, configs)
         total += len(planned)
         done += sum(cell.path.name in present for cell in planned)
         if ".claim" in present and owner_of(folder / ".claim") is not None:

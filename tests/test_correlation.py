@@ -357,3 +357,25 @@ def test_the_seed_decides_and_other_groups_do_not() -> None:
     numbers = ["coefficient", "ci_low", "ci_high", "p_value"]
     pd.testing.assert_series_equal(_cell(both)[numbers], _cell(table)[numbers], check_names=False)
     assert not _cell(correlation_table(one, seed=1, **FAST))[numbers].equals(_cell(table)[numbers])
+
+
+def test_large_groups_get_kendalls_resamples_close_to_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    n = 320
+    left = rng.normal(size=(n, 2))
+    left[:, 1] = left[:, 1].round()  # ties
+    right = np.column_stack([0.4 * left[:, 0] + rng.normal(size=n), rng.normal(size=n).round(1)])
+    counts, orders = draw_counts(n, 300, rng), draw_permutations(n, 300, rng)
+    left_out = 1 - np.eye(n)[:20]
+    fast = [coefficients(left, right, c)["kendall"] for c in (None, left_out, counts)]
+    fast.append(permuted_coefficients(left, right, orders)["kendall"])
+    monkeypatch.setattr("drs.coefficients.LARGE", n)
+    full = [coefficients(left, right, c)["kendall"] for c in (None, left_out, counts)]
+    full.append(permuted_coefficients(left, right, orders)["kendall"])
+    np.testing.assert_allclose(fast[0], full[0], atol=1e-12)
+    np.testing.assert_allclose(fast[1], full[1], atol=1e-12)
+    for found, expected in zip(fast[2:], full[2:], strict=True):
+        spread = expected.std(axis=0)
+        np.testing.assert_allclose(found.std(axis=0), spread, rtol=0.05)
+        assert np.all(np.abs(found - expected).std(axis=0) < 0.15 * spread)
+        assert np.all(np.abs(found.mean(axis=0) - expected.mean(axis=0)) < 0.1 * spread)
