@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures bundle merge test test-bundle test-slurm lint clean lock
+.PHONY: help setup data smoke reproduce status figures bundle merge test test-bundle test-slurm test-scale lint clean lock
 
 help:  # lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ test-bundle: setup  ## run a bundle in a fresh environment that has torch alone 
 
 test-slurm: setup  ## run a sweep on a real Slurm cluster of one node; installs Debian's slurm-wlm (as root; minutes)
 	@$(PY) tests/slurm_sweep.py
+
+test-scale: setup  ## time a made-up study of 2000 runs: skip it, show it, rebuild its tables (needs 3 GB; FOLDER=)
+	@$(PY) tests/scale.py "$(or $(FOLDER),build/scale)"
 
 lint: setup  ## check style, format and types
 	$(PY) -m ruff check

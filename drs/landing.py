@@ -7,12 +7,15 @@ import pandas as pd
 import torch
 
 
-def landing_row(clean: dict[str, np.ndarray], attacked: dict[str, np.ndarray]) -> tuple[dict[str, Any], np.ndarray]:
+def landing_row(
+    clean: dict[str, np.ndarray], attacked: dict[str, np.ndarray], softmax: np.ndarray | None = None
+) -> tuple[dict[str, Any], np.ndarray]:
     """Compare an attack's flips with the clean softmax of the same model.
 
     Args:
         clean: ``logits [N, K]``, ``labels [N]`` and ``indices [N]`` without an attack.
         attacked: The same after it, for the first n of those samples.
+        softmax: The ``class_means`` of the clean samples, where they are known already.
 
     Returns:
         ``n_flips`` (samples right before and wrong after), ``runner_up_rate`` (share of flips that end in the class
@@ -31,7 +34,8 @@ def landing_row(clean: dict[str, np.ndarray], attacked: dict[str, np.ndarray]) -
     others[np.arange(count), labels] = -np.inf
     runner_up = others.argmax(1)
     rate = float((after[flipped] == runner_up[flipped]).mean()) if flipped.any() else float("nan")
-    softmax = _class_means(clean["logits"], clean["labels"].astype(np.int64))
+    if softmax is None:
+        softmax = class_means(clean)
     confusion = np.zeros((classes, classes))
     np.add.at(confusion, (labels[flipped], after[flipped]), 1)
     pair = np.stack([_off_diagonal(softmax), _off_diagonal(confusion)])
@@ -47,7 +51,9 @@ def landing_row(clean: dict[str, np.ndarray], attacked: dict[str, np.ndarray]) -
     return row, pair
 
 
-def _class_means(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def class_means(clean: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the mean softmax of each class, ``[K, K]``, of samples with ``logits [N, K]`` and ``labels [N]``."""
+    logits, labels = clean["logits"], clean["labels"].astype(np.int64)
     probabilities = torch.from_numpy(logits).double().softmax(1).numpy()
     classes = logits.shape[1]
     sums = np.zeros((classes, classes))

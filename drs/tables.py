@@ -17,7 +17,7 @@ from drs.cells import Cell, by_run, read_cells
 from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
-from drs.landing import landing_row, mean_matrices
+from drs.landing import class_means, landing_row, mean_matrices
 from drs.model_rows import read_model
 from drs.run_failures import RunFailure
 from drs.runs import RunFolder, iterate_runs
@@ -61,14 +61,18 @@ def build_tables(
     """
     abouts: dict[Path, dict[str, Any]] = {}
     models, accuracy, worst, sanity, landing, samples, training = [], [], [], [], [], [], []
-    profiles: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
+    profiles: list[dict[str, Any]] = []
+    parts: list[np.ndarray] = []
     matrices: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
-    for run, planned in by_run(cells):
+    # Runs of one setting come together: a softmax profile takes all their samples, and thousands of runs' are too many.
+    groups = sorted(by_run(cells), key=lambda item: _group(describe(item[0].run_id, item[1][0].train)))
+    for position, (run, planned) in enumerate(groups):
         config = planned[0].train
         arrays = read_cells(run, planned)
         abouts |= {path: json.loads(str(found["about"])) for path, found in arrays.items()}
         named = describe(run.run_id, config)
         clean = arrays[planned[0].path]
+        softmax = class_means(clean)
         reading = read_model(named, planned, arrays, suite)
         judged = sanity_rows(planned, arrays)
         state = {"excluded": reading.row["excluded"]}
@@ -79,12 +83,16 @@ def build_tables(
         accuracy += [{**named, **item, **state} for item in reading.accuracy]
         worst += [{**named, **procedure, **item, **state, **failed} for item in reading.worst]
         sanity += [{**named, **item, **state} for item in judged]
-        profiles[_group(named)].append(_nonlabel_sorted(clean))
+        parts.append(_nonlabel_sorted(clean))
+        following = groups[position + 1][1][0] if position + 1 < len(groups) else None
+        if following is None or _group(describe("", following.train)) != _group(named):
+            profiles += _profile_rows(_group(named), parts)
+            parts = []
         for cell in planned[1:]:
             if not isinstance(cell.config, AttackConfig):
                 continue
             found = arrays[cell.path]
-            item, pair = landing_row(clean, found)
+            item, pair = landing_row(clean, found, softmax)
             label = cell.epsilon.label
             landing.append({**named, "attack": cell.attack, "epsilon_label": label, **item, **state})
             if not state["excluded"] and _has_matrices(cell, suite):
@@ -100,7 +108,7 @@ def build_tables(
         "worst_case": _ordered(pd.DataFrame(worst, columns=WORST_COLUMNS)),
         "sanity": _ordered(pd.DataFrame(sanity, columns=SANITY_COLUMNS)),
         "sample_correlations": _ordered(pd.DataFrame(samples, columns=None if samples else SAMPLE_COLUMNS)),
-        "softmax_profile": pd.DataFrame(_profile_rows(profiles)),
+        "softmax_profile": pd.DataFrame(profiles),
         "landing": _ordered(pd.DataFrame(landing)),
         "landing_matrices": mean_matrices(_one_weight(matrices)),
         "training": _ordered(pd.concat(training, ignore_index=True)),
@@ -162,17 +170,14 @@ def _nonlabel_sorted(clean: dict[str, np.ndarray]) -> np.ndarray:
     return -np.sort(-others, axis=1)
 
 
-def _profile_rows(profiles: dict[tuple[Any, ...], list[np.ndarray]]) -> list[dict[str, Any]]:
-    rows = []
-    for key, parts in sorted(profiles.items()):
-        low, median, high = np.quantile(np.concatenate(parts), [0.25, 0.5, 0.75], axis=0)
-        count = sum(len(part) for part in parts)
-        for rank in range(len(median)):
-            named = dict(zip(("data", "model", "loss", "loss_weight"), key, strict=True))
-            rows.append(
-                {**named, "rank": rank + 1, "q25": low[rank], "median": median[rank], "q75": high[rank], "n": count}
-            )
-    return rows
+def _profile_rows(group: tuple[Any, ...], parts: list[np.ndarray]) -> list[dict[str, Any]]:
+    named = dict(zip(("data", "model", "loss", "loss_weight"), group, strict=True))
+    low, median, high = np.quantile(np.concatenate(parts), [0.25, 0.5, 0.75], axis=0)
+    count = sum(len(part) for part in parts)
+    return [
+        {**named, "rank": rank + 1, "q25": low[rank], "median": median[rank], "q75": high[rank], "n": count}
+        for rank in range(len(median))
+    ]
 
 
 def _missing_models(study: Path, failures: Sequence[RunFailure]) -> list[dict[str, Any]]:
