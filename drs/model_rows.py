@@ -1,5 +1,6 @@
 """The arrays of one model -> its accuracies: under every attack at every epsilon, and the worst case per sample."""
 
+import functools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -134,10 +135,17 @@ def _model_row(
     return row
 
 
+@functools.lru_cache(maxsize=65536)
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share; scipy tests a hypothesis besides, which took half the time of a study."""
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def _accuracy_row(
     attack: str, norm: str, epsilon: Epsilon, robust: np.ndarray, *, cumulative: bool = False
 ) -> dict[str, Any]:
-    interval = binomtest(int(robust.sum()), len(robust)).proportion_ci(method="wilson")
+    low, high = _wilson(int(robust.sum()), len(robust))
     return {
         "attack": attack,
         "norm": norm,
@@ -145,7 +153,7 @@ def _accuracy_row(
         "epsilon_label": epsilon.label,
         "n": len(robust),
         "robust_accuracy": float(robust.mean()),
-        "ci_low": float(interval.low),  # over images, Wilson 1927
-        "ci_high": float(interval.high),
+        "ci_low": low,  # over images, Wilson 1927
+        "ci_high": high,
         "cumulative": cumulative,
     }
