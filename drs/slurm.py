@@ -27,11 +27,12 @@ class SlurmConfig:
         gpus_per_node: GPUs of each training; null asks for none.
         cpus_per_task: Cores of each training, which are also its threads.
         mem_gb: Memory of each training in GiB; the partition's default where it is null.
-        timeout_min: Time limit in minutes. A training that reaches it goes on in another job.
-        signal_delay_s: Seconds before that limit at which the training is told to save.
+        timeout_min: Time limit in minutes. A training that is about to reach it is saved, goes back into the queue and
+            goes on from there.
+        signal_delay_s: Seconds before that limit at which the training is told to; Slurm may do so a minute earlier.
         max_num_timeout: How many times a training may reach the limit and go on.
         array_parallelism: Trainings that run at a time.
-        requeue: Let Slurm put a job back into the queue when it is preempted or its node fails.
+        requeue: Let a job go back into the queue when it is preempted, its node fails or its time is over.
         setup: Shell commands that a job runs first, such as ``module load cuda``.
         additional_parameters: Other options of ``sbatch``, by their long names.
     """

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from drs.files import sha256_of  # noqa: E402
 
 STUDY = "slurm"
-EPOCHS = 400
+EPOCHS = 250
 COMMON = ["data=digits", "model=mlp", "loss=ce", f"study={STUDY}", "save_seconds=0.2"]
 GRID = f'grid=[{{seed: "0,1,2,3,4", epochs: {EPOCHS}}}, {{seed: 5, epochs: 2, batch_size: 5000}}]'
 LAUNCHER = [

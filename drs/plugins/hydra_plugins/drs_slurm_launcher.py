@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _ended(job: _Submitted, states: dict[str, JobState], *, known: bool) -> Trai
         if kind == "success":
             result: TrainingResult = value
             return result
-        return result_of(job.config, "failed", value.strip().splitlines()[-1], time.monotonic())
+        return _failed(job, value.strip().splitlines()[-1].removeprefix("drs.slurm_training.TimedOut: "))
     state = states.get(job.id)
     if not known or (state is not None and state.alive):
         job.ended = None
@@ -182,7 +182,12 @@ def _ended(job: _Submitted, states: dict[str, JobState], *, known: bool) -> Trai
     job.ended = job.ended or time.monotonic()
     if time.monotonic() - job.ended < (POLL_SECONDS if state and state.state == "CANCELLED" else RESULT_SECONDS):
         return None
-    return result_of(job.config, "failed", _why(job, state), time.monotonic())
+    return _failed(job, _why(job, state))
+
+
+def _failed(job: _Submitted, why: str) -> TrainingResult:
+    """Return the result of a job that left none; how long it took is not known."""
+    return replace(result_of(job.config, "failed", why, time.monotonic()), seconds=0.0)
 
 
 def _why(job: _Submitted, state: JobState | None) -> str:
