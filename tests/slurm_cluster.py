@@ -19,7 +19,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "sinfo", "srun")
 PACKAGES = ("slurm-wlm", "munge")
-START_SECONDS = 60
+START_SECONDS = 120
 
 # Two partitions on the same node: jobs of the second one send those of the first back into the queue.
 CONFIG = """
@@ -94,7 +94,7 @@ class Cluster:
         Raises:
             ClusterError: If it fails.
         """
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise ClusterError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
         return done.stdout.strip()

@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 from drs.files import sha256_of  # noqa: E402
 
 STUDY = "slurm"
-EPOCHS = 250
+EPOCHS = 150
+PATIENCE = 900.0
+"""Seconds after which something counts as hanging; a busy machine takes its time."""
 COMMON = ["data=digits", "model=mlp", "loss=ce", f"study={STUDY}", "save_seconds=0.2"]
 GRID = f'grid=[{{seed: "0,1,2,3,4", epochs: {EPOCHS}}}, {{seed: 5, epochs: 2, batch_size: 5000}}]'
 LAUNCHER = [
@@ -73,7 +75,12 @@ class Study:
     def run(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
         return subprocess.run(
-            command, env={**self.environment, **variables}, capture_output=True, text=True, cwd=self.folder, timeout=400
+            command,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            timeout=PATIENCE,
         )
 
     def run_folder(self, seed: int, *, results: Path | None = None) -> Path | None:
@@ -117,7 +124,7 @@ class Study:
 
     def wait_for_training(self, seed: int) -> int:
         """Wait until a training is in the middle, and return how many epochs of it are saved."""
-        wait_until(lambda: self.state(seed) == "running" and 0 < self.epochs(seed) < EPOCHS, 120, f"seed {seed}")
+        wait_until(lambda: self.state(seed) == "running" and 0 < self.epochs(seed) < EPOCHS, PATIENCE, f"seed {seed}")
         return self.epochs(seed)
 
 
@@ -137,7 +144,7 @@ def run_test(study: Study, checks: Checks, say: Callable[[str], None]) -> None:
 
         study.wait_for_training(OUT_OF_TIME)
         signalling = study.signal(OUT_OF_TIME, "USR2")
-        wait_until(lambda: study.state(OUT_OF_TIME) == "interrupted", 30, f"seed {OUT_OF_TIME} to be saved")
+        wait_until(lambda: "back into the queue" in study.log(OUT_OF_TIME), PATIENCE, f"seed {OUT_OF_TIME} to be saved")
         signalling.kill()
         signalling.wait()
         say(f"seed {OUT_OF_TIME} told that its time is over")
@@ -146,7 +153,7 @@ def run_test(study: Study, checks: Checks, say: Callable[[str], None]) -> None:
         urgent = slurm("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null",
                        "--wrap=sleep 3")  # fmt: skip
         say(f"seed {PREEMPTED} preempted by job {urgent} of another partition")
-        out, err = sweep.communicate(timeout=300)
+        out, err = sweep.communicate(timeout=PATIENCE)
     finally:
         if sweep.poll() is None:
             sweep.send_signal(signal.SIGTERM)
@@ -175,7 +182,7 @@ def run_test(study: Study, checks: Checks, say: Callable[[str], None]) -> None:
 
     say("the same command again")
     again = study.start()
-    out, err = again.communicate(timeout=300)
+    out, err = again.communicate(timeout=PATIENCE)
     print("    | " + "\n    | ".join([*out.splitlines(), *err.splitlines()]), flush=True)
     log = study.log(CANCELLED)
     checks.hold(f"goes on after epoch {cancelled_after}" in log + study.log(0),

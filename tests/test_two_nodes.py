@@ -18,7 +18,7 @@ from drs.jobs import CLAIM_FILE
 from drs.keeping import STATE_FILE
 
 NODE = ["unshare", "--map-root-user", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-EPOCHS = 80
+EPOCHS = 40
 
 
 def node(name: str, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
