@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures bundle merge test test-bundle test-slurm test-scale lint clean lock
+.PHONY: help setup data smoke reproduce status figures bundle merge test test-slow test-bundle test-slurm test-scale lint clean lock
 
 help:  # lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,10 @@ merge: setup  ## merge a node's results into results/ (ARCHIVE=results-STUDY-HOS
 
 test: lint  ## lint, then run the tests (WORKERS=4 runs four at a time)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+
+test-slow: setup  ## the long forms of some tests, 50 kills of a sweep among them: a quarter of an hour
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) -m slow
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -s tests/test_kills.py --kills 50
 
 test-bundle: setup  ## run a bundle in a fresh environment that has torch alone and no network (minutes)
 	DRS_TEST_BUNDLE=1 $(PY) -m pytest -q tests/test_node.py

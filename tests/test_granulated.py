@@ -131,9 +131,9 @@ def test_p_value_is_that_of_all_orders() -> None:
 
 
 def test_a_chance_difference_between_weights_counts_once_however_many_seeds() -> None:
-    """Accuracy differs between weights by chance, alike at every seed; three standard errors of 5 % are 4.6 points."""
+    """Accuracy differs between weights by chance, alike at every seed; three standard errors of 5 % are 6.0 points."""
     hits = {"weight": 0, "seed": 0, "granulated": 0}
-    for seed in range(200):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         models = _models(seed, 4, [("dr_softmax", 0.001 * weight) for weight in range(1, 7)])
         weight, number = models.groupby("loss_weight").ngroup().to_numpy(), models["seed"].to_numpy()
@@ -143,7 +143,7 @@ def test_a_chance_difference_between_weights_counts_once_however_many_seeds() ->
         table = granulated_table(models.drop(columns=["stat.margin", "clean_accuracy"]), n_permutations=99)
         for axis in hits:
             hits[axis] += _cell(table, axis)["p_value"] < 0.05
-    assert all(count / 200 <= 0.096 for count in hits.values()), hits
+    assert all(count / 120 <= 0.11 for count in hits.values()), hits
 
 
 def test_a_relation_along_every_axis_is_found() -> None:

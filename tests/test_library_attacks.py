@@ -46,12 +46,12 @@ def robust_accuracy(config: AttackConfig, model: nn.Module, digits: Digits, n: i
     return float((right | (outcome.distance > epsilon + 1e-6)).float().mean())
 
 
-@pytest.mark.parametrize("epsilon", [0.05, 0.1])
+@pytest.mark.parametrize("epsilon", [pytest.param(0.05, marks=pytest.mark.slow), 0.1])
 def test_four_gradient_attacks_of_three_sources_agree_within_a_point(
     digits_model: nn.Module, digits: Digits, epsilon: float
 ) -> None:
     """APGD and targeted APGD (torchattacks), PGD with restarts (foolbox) and ours solve the same problem."""
-    n = 400
+    n = 300
     images, labels = digits[2].pixels()[:n], digits[2].labels[:n]
     second = foolbox.attacks.LinfProjectedGradientDescentAttack(rel_stepsize=0.05, steps=100, random_start=True)
     fallen = torch.zeros(n, dtype=torch.bool)

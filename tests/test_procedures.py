@@ -138,7 +138,7 @@ def test_every_loss_trains_to_more_robustness_with_a_procedure(digits: Digits, l
 
 
 def test_mixed_precision_trains_with_a_procedure(digits: Digits) -> None:
-    model = trained(digits, "procedure=adversarial", "procedure.epsilon=0.1", "precision=bfloat16", "epochs=5")
+    model = trained(digits, "procedure=adversarial", "procedure.epsilon=0.1", "precision=bfloat16", "epochs=3")
     with torch.no_grad():
         loss = F.cross_entropy(model(digits[2].pixels()), digits[2].labels)
     assert math.isfinite(float(loss)) and float(loss) < 2

@@ -46,7 +46,7 @@ def test_intervals_of_correlations_cover(relation: float) -> None:
     assert low <= covered / studies <= high
 
 
-@pytest.mark.parametrize("relation", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("relation", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 0.8])
 def test_intervals_and_p_values_of_partial_correlations_hold(relation: float) -> None:
     """n = 24; statistic and accuracy load on three related controls, and what is left correlates at ``relation``."""
     loads, related = np.array([[0.4, 0.3, 0.2], [0.3, 0.3, 0.3]]), np.full((3, 3), 0.5) + 0.5 * np.eye(3)
@@ -58,12 +58,12 @@ def test_intervals_and_p_values_of_partial_correlations_hold(relation: float) ->
     truths = {ALL_CONTROLS: _partial(ranks), "margin": _partial(ranks[np.ix_([1, 3, 4], [1, 3, 4])])}
     assert truths["margin"] > truths[ALL_CONTROLS] + 0.02, "one control leaves some of what the others make"
     names = ["clean_accuracy", "stat.margin", "stat.logit_norm", "stat.spread", "acc.a@mean"]
-    rng, studies = np.random.default_rng(12), 200
+    rng, studies = np.random.default_rng(12), 120
     covered, rejected = dict.fromkeys(truths, 0), 0
     for _ in range(studies):
         values = rng.multivariate_normal(np.zeros(5), correlations, size=24)
         models = pd.DataFrame(values, columns=names).assign(data="mnist", model="net")
-        table = partial_correlation_table(models, n_bootstrap=800, n_permutations=99).set_index("controls")
+        table = partial_correlation_table(models, n_bootstrap=400, n_permutations=99).set_index("controls")
         for controls, true in truths.items():
             covered[controls] += table["ci_low"][controls] <= true <= table["ci_high"][controls]
         rejected += table["p_value"][ALL_CONTROLS] <= 0.05
@@ -78,7 +78,7 @@ def test_intervals_and_p_values_of_partial_correlations_hold(relation: float) ->
 
 def test_the_correction_holds_the_false_discovery_rate() -> None:
     """Five true relations among forty tests: of what q < 0.2 finds, 0.2 * 35 / 40 is false on average."""
-    level, studies, rng = 0.2, 120, np.random.default_rng(13)
+    level, studies, rng = 0.2, 90, np.random.default_rng(13)
     corrected, uncorrected, power = [], [], []
     for _ in range(studies):
         accuracy = rng.normal(size=24)
@@ -86,7 +86,7 @@ def test_the_correction_holds_the_false_discovery_rate() -> None:
         columns |= {f"stat.true{i}": accuracy + rng.normal(size=24) for i in range(5)}
         columns |= {"acc.a@mean": accuracy, "clean_accuracy": rng.normal(size=24)}
         models = pd.DataFrame({"data": "mnist", "model": "net", **columns})
-        table = correlation_table(models, n_bootstrap=2, n_permutations=999)
+        table = correlation_table(models, n_bootstrap=2, n_permutations=499)
         table = table[table["method"] == "spearman"]
         true = table["statistic"].str.startswith("true") & (table["attack"] == "a@mean")
         assert (len(table), true.sum()) == (40, 5)
@@ -112,7 +112,7 @@ def _two_clusters(rng: np.random.Generator) -> pd.DataFrame:
 
 
 def test_two_clusters_make_a_plain_correlation_and_no_granulated_one() -> None:
-    rng, studies, found, small_p = np.random.default_rng(14), 60, [], 0
+    rng, studies, found, small_p = np.random.default_rng(14), 40, [], 0
     for _ in range(studies):
         models = _two_clusters(rng)
         pearson = correlate(models, "stat.spread", "acc.a@mean", method="pearson", n_bootstrap=2, n_permutations=99)
@@ -130,10 +130,10 @@ def test_two_clusters_make_a_plain_correlation_and_no_granulated_one() -> None:
     assert small_p / studies <= _band(0.05, studies)[1]
 
 
-@pytest.mark.parametrize("noise", [0.5, 3.0])
+@pytest.mark.parametrize("noise", [pytest.param(0.5, marks=pytest.mark.slow), 3.0])
 def test_intervals_of_granulated_coefficients_cover(noise: float) -> None:
     """Six weights with fixed effects, four seeds; the truth is that of 20,000 seeds."""
-    rng, studies = np.random.default_rng(15), 150
+    rng, studies = np.random.default_rng(15), 100
     effects = np.array([[0, 1, 2, 3, 4, 5], [0, 1.5, 0.7, 2, 1.2, 3]])
 
     def draw(seeds: int) -> np.ndarray:
