@@ -2,23 +2,21 @@
 
     python tests/killing.py FOLDER --kills 50 --seed 0
 
-torch takes seconds to import, so this process runs everything once, which imports it all, and then forks a child for
-every start. A child runs the real script with its real arguments and is killed by SIGKILL: after a random time, or
-right before a random one of its operations on files in the results.
+A child is forked for every start. It runs the real script with its real arguments and is killed by SIGKILL: after a
+random time, or right before a random one of its operations on files in the results.
 """
 
 import argparse
 import json
 import os
 import random
-import runpy
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from PIL import Image
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from forked import Forked, run_here, start
 
 import drs.report
 from drs.array_files import load_arrays_file
@@ -92,50 +92,6 @@ class Tally:
     kept: int = 0
 
 
-def run(name: str, arguments: list[str]) -> int:
-    """Run one of scripts/ in this process; return its exit status."""
-    script = PROJECT_ROOT / "scripts" / f"{name}.py"
-    sys.argv = [str(script), *arguments]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    return 0
-
-
-def start(name: str, arguments: list[str], log: Path, operations: int | None = None, below: str = "") -> int:
-    """Start a script in a child; return its process number.
-
-    Args:
-        name: One of scripts/.
-        arguments: Its arguments.
-        log: Gets what it prints.
-        operations: Kill it before so many operations on files ``below`` a folder.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        if operations is not None:
-            on_operations(below, lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == operations else None)
-        # What runs in the background of a shell is started with SIGINT ignored.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # A pool of threads that the parent has does not survive the fork.
-        torch.set_num_threads(1)
-        code = run(name, arguments)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def on_operations(below: str, action: Callable[[int], None]) -> None:
     """Call ``action`` with its number before each operation that changes a file below a folder, from now on."""
     count = 0
@@ -154,17 +110,20 @@ def on_operations(below: str, action: Callable[[int], None]) -> None:
     sys.addaudithook(watch)
 
 
-def wait(pid: int, seconds: float | None) -> int:
+def wait(process: Forked, seconds: float | None) -> int:
     """Wait for a child, kill it after so many seconds, and return its exit status, negative for a signal."""
     until = None if seconds is None else time.monotonic() + seconds
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
+    while (status := process.poll()) is None:
         if until is not None and time.monotonic() >= until:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
             until = None
         time.sleep(0.002)
+    return status
+
+
+def dies_before(operation: int, below: str) -> None:
+    """Let this process kill itself before so many operations on files below a folder."""
+    on_operations(below, lambda count: os.kill(os.getpid(), signal.SIGKILL) if count == operation else None)
 
 
 def check_readable(results: Path) -> None:
@@ -247,15 +206,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def undisturbed(size: str, folder: Path) -> Whole:
-    """Run everything once without a kill, in this process, which has it all imported from then on."""
+    """Run everything once without a kill, in this process."""
     whole, stage = Whole(), ""
     on_operations(f"{folder}/", lambda count: whole.operations.update([stage]))
     for stage, arguments in SIZES[size].items():
         began = time.monotonic()
-        code = run(stage, [*arguments, f"results_dir={folder}"])
+        code = run_here(PROJECT_ROOT / "scripts" / f"{stage}.py", (*arguments, f"results_dir={folder}"))
         assert code == 0, f"{stage} ended with {code}"
-        # About half of it went into imports, which the children find done.
-        whole.seconds[stage] = 0.5 * (time.monotonic() - began)
+        whole.seconds[stage] = time.monotonic() - began
     whole.runs = len(list((folder / "s" / "runs").iterdir()))
     whole.cells = len(list(folder.rglob("*.npz")))
     whole.content = content_of(folder)
@@ -277,8 +235,9 @@ def disturbed(size: str, results: Path, draw: random.Random, kills: int, tally: 
                 operations = draw.randint(1, whole.operations[stage])
             elif left:
                 seconds = draw.uniform(0.02, 1.0) * whole.seconds[stage]
-            pid = start(stage, [*arguments, f"results_dir={results}"], log, operations, f"{results}/")
-            code = wait(pid, seconds)
+            before = None if operations is None else partial(dies_before, operations, f"{results}/")
+            process = start(f"{stage}.py", *arguments, f"results_dir={results}", out=log, before=before)
+            code = wait(process, seconds)
             check_readable(results)
             kept = finished_files(results)
             for path, content in seen.items():
@@ -292,7 +251,9 @@ def disturbed(size: str, results: Path, draw: random.Random, kills: int, tally: 
                 tally.kills["tables, figures and report" if cells == whole.cells else where] += 1
                 tally.by["before an operation on a file" if seconds is None else "by the clock"] += 1
             elif code:
-                raise AssertionError(f"{stage} ended with {code}:\n{log.read_text()[-4000:]}")
+                raise AssertionError(
+                    f"{stage} ended with {code}:\n{log.read_text()[-4000:]}{process.err.read_text()[-4000:]}"
+                )
     tally.sweeps += 1
     assert not list(results.rglob("*.tmp")), "what killed processes left half written is deleted by the next ones"
     assert_same(content_of(results), whole.content)

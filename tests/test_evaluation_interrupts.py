@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from brief_study import configuration
-from killing import start, wait
+from forked import start
 
 from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT
@@ -57,11 +57,12 @@ def check_what_is_left(results: Path, log: Path) -> None:
 def test_interrupt_ends_an_evaluation_at_once(brief_results: Path, tmp_path: Path) -> None:
     results, log = tmp_path / "results", tmp_path / "log"
     shutil.copytree(brief_results, results)
-    pid = start("evaluate", [*LONG, f"results_dir={results}", "workers=1"], log)
-    wait_for_a_cell(results, log, pid)
-    os.kill(pid, signal.SIGINT)
-    assert wait(pid, 20) == 130
-    check_what_is_left(results, log)
+    process = start("evaluate.py", *LONG, f"results_dir={results}", "workers=1", out=log)
+    wait_for_a_cell(results, log, process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    ended = process.wait(20)
+    assert ended.returncode == 130
+    check_what_is_left(results, process.err)
     assert not list(results.rglob(".claim*"))
 
 

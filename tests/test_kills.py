@@ -1,10 +1,8 @@
 """SIGKILL at random moments of a sweep, its evaluation and its report; ``--kills 50`` is the long form."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 DRIVER = Path(__file__).with_name("killing.py")
@@ -14,10 +12,8 @@ def test_nothing_is_lost_to_kills(tmp_path: Path, request: pytest.FixtureRequest
     kills = request.config.getoption("--kills")
     seed = request.config.getoption("--kill-seed")
     size = "small" if kills < 20 else "whole"
-    command = [sys.executable, str(DRIVER), str(tmp_path), f"--kills={kills}", f"--seed={seed}", f"--size={size}"]
-    # Children are forked: a pool of threads would not survive it.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + 60 * kills)
+    arguments = [str(tmp_path), f"--kills={kills}", f"--seed={seed}", f"--size={size}"]
+    done = forked.run(DRIVER, *arguments, out=tmp_path / "driver", seconds=300 + 60 * kills)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.strip().splitlines()[-1]
     assert int(summary.split()[0]) >= kills

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
@@ -25,9 +26,9 @@ from drs.errors import UserError
 from drs.sweeper import core_count, register_plugins, threads_each, threads_text, worker_count
 
 PARALLEL = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-TRAIN = [str(PROJECT_ROOT / "scripts" / "train.py"), "-m", "data=digits", "model=mlp", "loss=ce", "epochs=2", "study=s"]
-GRID = ["seed=0,1", "batch_size=64,128"]
-WRONG = ["seed=0,1", "batch_size=64,128,5000"]
+SCRIPT = str(PROJECT_ROOT / "scripts" / "train.py")
+TRAIN = ["-m", "data=digits", "model=mlp", "loss=ce", "epochs=2", "study=s"]
+GRID = ["seed=0,1", "batch_size=64,128,5000"]
 REASON = "batch_size=5000: must be at most the 1197 training samples"
 MISTAKE = f"error: 2 of 6 trainings failed, the first with: {REASON}\n"
 
@@ -66,23 +67,45 @@ class Ended:
 
 def run(folder: Path, *arguments: str, **variables: str) -> Ended:
     """Run a Python script with a terminal as its standard error, as a user has it."""
+
+    def command(terminal: int) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment(folder, **variables), stdout=subprocess.PIPE,
+            stderr=terminal, text=True, timeout=300,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    return with_a_terminal(folder, command)
+
+
+def train(folder: Path, *arguments: str) -> Ended:
+    """Run scripts/train.py in a process that is forked, with a terminal as its standard error."""
+
+    def command(terminal: int) -> tuple[int, str]:
+        done = forked.run(
+            "train.py", *TRAIN, *arguments, out=folder / "out", before=lambda: os.dup2(terminal, 2),
+            environment={"DRS_RESULTS": str(folder), "DRS_CACHE": str(folder / "data"), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    return with_a_terminal(folder, command)
+
+
+def with_a_terminal(folder: Path, command: Callable[[int], tuple[int, str]]) -> Ended:
+    """Call ``command`` with a terminal, and collect what is printed there."""
     folder.mkdir(exist_ok=True)
     master, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
     chunks: list[bytes] = []
     reader = threading.Thread(target=_read, args=(master, chunks))
     reader.start()
-    command = [sys.executable, *arguments]
     try:
-        done = subprocess.run(
-            command, env=environment(folder, **variables), stdout=subprocess.PIPE, stderr=terminal, text=True,
-            timeout=300,
-        )  # fmt: skip
+        status, out = command(terminal)
     finally:
         os.close(terminal)
         reader.join()
         os.close(master)
-    return Ended(done.returncode, done.stdout, b"".join(chunks).decode().replace("\r\n", "\n"))
+    return Ended(status, out, b"".join(chunks).decode().replace("\r\n", "\n"))
 
 
 def _read(terminal: int, chunks: list[bytes]) -> None:
@@ -105,20 +128,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def parallel(folder: Path) -> Ended:
-    """Four trainings, two at a time."""
-    return run(folder / "parallel", *TRAIN, *GRID, *PARALLEL, OMP_NUM_THREADS="1")
+    """Four trainings, two at a time, and two that cannot be."""
+    return run(folder / "parallel", SCRIPT, *TRAIN, *GRID, *PARALLEL, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")
 def serial(folder: Path) -> Ended:
-    """The same four trainings one after the other, and two that cannot be."""
-    return run(folder / "serial", *TRAIN, *WRONG, OMP_NUM_THREADS="1")
+    """The same one after the other."""
+    return train(folder / "serial", *GRID)
 
 
 @pytest.fixture(scope="module")
 def resumed(folder: Path, parallel: Ended) -> Ended:
-    """A second call in the folder of ``parallel``, with two further trainings that cannot be."""
-    return run(folder / "parallel", *TRAIN, *WRONG, *PARALLEL, OMP_NUM_THREADS="1")
+    """A second call in the folder of ``parallel``."""
+    return train(folder / "parallel", *GRID)
 
 
 def results(folder: Path) -> dict[str, dict[str, object]]:
@@ -138,46 +161,41 @@ def results(folder: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-@pytest.mark.slow
 def test_parallel_runs_equal_serial_ones(folder: Path, parallel: Ended, serial: Ended) -> None:
-    assert (parallel.status, parallel.err) == (0, "")
+    assert (parallel.status, parallel.err) == (1, MISTAKE)
     found = results(folder / "parallel")
     assert len(found) == 4
     assert found == results(folder / "serial")
 
 
-@pytest.mark.slow
 def test_each_finished_job_is_one_line_and_there_is_no_bar(parallel: Ended, serial: Ended) -> None:
     lines = [line for line in parallel.out.splitlines() if "from scikit-learn" not in line]
     text = parallel.out
-    assert lines[:2] == ["4 trainings", "2 at a time, one thread each"]
-    assert [int(number) for number in re.findall(r"^job (\d) of 4", text, re.MULTILINE)] == [1, 2, 3, 4]
+    assert lines[:2] == ["6 trainings", "2 at a time, one thread each"]
+    assert [int(number) for number in re.findall(r"^job (\d) of 6", text, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
     assert len(re.findall(r"digits mlp ce seed [01]: epoch 2/2, loss [\d.]+, .*\([0-9a-f]{12}\)$", text, re.M)) == 4
-    assert re.search(r"^job [1-3] of 4, (about \d+|less than 1) min left: ", text, re.MULTILINE)
-    assert re.search(r"^job 4 of 4: digits mlp", text, re.MULTILINE)
-    assert lines[-1] == "4 done, 0 skipped (finished before), 0 diverged, 0 stopped by an error"
+    assert re.search(r"^job [1-5] of 6, (about \d+|less than 1) min left: ", text, re.MULTILINE)
+    assert re.search(r"^job 6 of 6: ", text, re.MULTILINE), "none is left"
+    assert lines[-1] == "4 done, 0 skipped (finished before), 0 diverged, 2 stopped by an error"
     assert "%|" not in parallel.err
     assert "%|" in serial.err, "where one training runs at a time a terminal shows its bar"
 
 
-@pytest.mark.slow
 def test_second_call_skips_what_is_done(resumed: Ended) -> None:
     assert "6 trainings, 4 of them finished before" in resumed.out.splitlines()
     assert "skipped: run" not in resumed.out, "one line for all of them"
     assert "0 done, 4 skipped (finished before), 0 diverged, 2 stopped by an error" in resumed.out
 
 
-@pytest.mark.slow
-def test_mistake_in_a_job_is_one_line_and_the_other_jobs_run(serial: Ended, resumed: Ended) -> None:
-    assert (resumed.status, resumed.err) == (1, MISTAKE)
-    assert len(re.findall(r"^job \d of 2.*: failed: run [0-9a-f]{12} \(batch_size=5000: ", resumed.out, re.M)) == 2
-    assert len(re.findall(rf"^[0-9a-f]{{12}}  digits mlp ce seed [01]  failed .*{REASON}$", resumed.out, re.M)) == 2
-    assert serial.status == 1
-    assert re.sub(r"\r[^\n]*\r", "", serial.err) == MISTAKE
+def test_mistake_in_a_job_is_one_line_and_the_other_jobs_run(parallel: Ended, serial: Ended, resumed: Ended) -> None:
+    assert len(re.findall(r"^job \d of 6.*: failed: run [0-9a-f]{12} \(batch_size=5000: ", parallel.out, re.M)) == 2
+    assert len(re.findall(rf"^[0-9a-f]{{12}}  digits mlp ce seed [01]  failed .*{REASON}$", parallel.out, re.M)) == 2
+    for ended in (serial, resumed):
+        assert ended.status == 1
+        assert re.sub(r"\r[^\n]*\r", "", ended.err) == MISTAKE
     assert "4 done, 0 skipped (finished before), 0 diverged, 2 stopped by an error" in serial.out
 
 
-@pytest.mark.slow
 def test_workers_share_the_cores_and_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
     body = "import torch; print('threads', torch.get_num_threads(), os.getpid()); 1 / (2 - seed)"
     done = run(tmp_path, app(tmp_path, body), "-m", "seed=0,1,2,3", *PARALLEL)
@@ -218,32 +236,19 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
-@pytest.mark.parametrize("how", ["interrupted", "killed"])
-def test_no_worker_outlives_the_sweep(tmp_path: Path, how: str) -> None:
-    if how == "interrupted":
-        command, started = [*TRAIN, "epochs=100000", "seed=0,1,2", "batch_size=64"], "s/runs/*/status.json"
-    else:
-        sleeper = app(tmp_path, "open(f'{config.results_dir}/seed-{seed}', 'w').close(); time.sleep(600)")
-        command, started = [sleeper, "-m", "seed=0,1,2"], "seed-*"
+def test_no_worker_outlives_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    sleeper = app(tmp_path, "open(f'{config.results_dir}/seed-{seed}', 'w').close(); time.sleep(600)")
     process = subprocess.Popen(
-        [sys.executable, *command, *PARALLEL], env=environment(tmp_path, OMP_NUM_THREADS="1"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, sleeper, "-m", "seed=0,1,2", *PARALLEL], env=environment(tmp_path, OMP_NUM_THREADS="1"),
+        stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
-        assert wait_for(lambda: len(list(tmp_path.glob(started))) == 2, 120)
-        time.sleep(1)  # until the trainings themselves have begun
+        assert wait_for(lambda: len(list(tmp_path.glob("seed-*"))) == 2, 120)
         assert len(members(process.pid)) >= 3
-        if how == "interrupted":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does, workers included
-        else:
-            process.kill()
-        status = process.wait(20)
+        process.kill()
+        process.wait(20)
         assert wait_for(lambda: not members(process.pid), 10), members(process.pid)
-        assert process.stderr is not None
-        if how == "interrupted":
-            assert (status, process.stderr.read()) == (130, "interrupted\n")
     finally:
         for left in members(process.pid):
             os.kill(left, signal.SIGKILL)

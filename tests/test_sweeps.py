@@ -4,47 +4,33 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import forked
 import pandas as pd
 import pytest
 from conftest import compose_train
+from forked import Forked
+from test_launchers import members, wait_for
 
 from drs import sweep_outcome
 from drs.claiming import claim
-from drs.config import PROJECT_ROOT, run_id
+from drs.config import run_id
 from drs.jobs import CLAIM_FILE, TrainingResult
 from drs.keeping import STATE_FILE
 from drs.runs import run_folder
 from drs.sweep_outcome import sweep_text, wait_for_others
 
-SWEEP = [
-    sys.executable,
-    str(PROJECT_ROOT / "scripts" / "train.py"),
-    "-m",
-    "data=digits",
-    "model=mlp",
-    "loss=ce",
-    "study=s",
-]
+SWEEP = ["-m", "data=digits", "model=mlp", "loss=ce", "study=s"]
 PARALLEL = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ, "DRS_RESULTS": str(folder), "DRS_CACHE": str(folder / "data"), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    return subprocess.Popen(
-        [*SWEEP, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-        # A shell has its background jobs ignore it, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+def start(folder: Path, *arguments: str, name: str = "out") -> Forked:
+    environment = {"DRS_RESULTS": str(folder), "DRS_CACHE": str(folder / "data"), "OMP_NUM_THREADS": "1"}
+    return forked.start("train.py", *SWEEP, *arguments, out=folder / name, environment=environment)
 
 
 def statuses(folder: Path) -> list[dict[str, Any]]:
@@ -58,19 +44,15 @@ def wait_until(condition: Any, seconds: float = 90) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_two_sweeps_share_a_grid_and_train_nothing_twice(tmp_path: Path) -> None:
-    grid = ["seed=0,1,2,3,4,5", "epochs=40"]
-    with ExitStack() as stack:
-        sweeps = [stack.enter_context(start(tmp_path, *grid, *extra)) for extra in ([], PARALLEL)]
-        outs = [sweep.communicate(timeout=120) for sweep in sweeps]
-    assert [sweep.returncode for sweep in sweeps] == [0, 0], outs
-    assert [errors for _, errors in outs] == ["", ""]
-    trained = [re.findall(r"epoch 40/40.*\(([0-9a-f]{12})\)", out) for out, _ in outs]
+    sweeps = [start(tmp_path, "seed=0,1,2,3,4,5", "epochs=40", name=name) for name in ("first", "second")]
+    ends = [sweep.wait(120) for sweep in sweeps]
+    assert [(end.returncode, end.stderr) for end in ends] == [(0, "")] * 2, ends
+    trained = [re.findall(r"epoch 40/40.*\(([0-9a-f]{12})\)", end.stdout) for end in ends]
     assert len(trained[0] + trained[1]) == len(set(trained[0] + trained[1])) == 6, "each run once"
     assert all(trained), "both took part"
-    for out, own in zip((out for out, _ in outs), trained, strict=True):
-        last = out.splitlines()[-1]
+    for end, own in zip(ends, trained, strict=True):
+        last = end.stdout.splitlines()[-1]
         counts = {name: int(number) for number, name in re.findall(r"(\d+) (done elsewhere|done|skipped)", last)}
         assert counts["done"] == len(own)
         assert sum(counts.values()) == 6, last
@@ -108,11 +90,10 @@ def test_sweep_waits_for_others_and_takes_over_what_they_leave(tmp_path: Path, m
     assert wait_for_others({}) == ({}, [])
 
 
-@pytest.mark.slow
 def test_fail_fast_ends_the_trainings_of_other_workers(tmp_path: Path) -> None:
     # The first job, whose batch is too large, fails at once.
-    sweep = start(tmp_path, "batch_size=5000,64", "seed=0", "epochs=100000", "fail_fast=true", *PARALLEL)
-    out, errors = sweep.communicate(timeout=120)
+    sweep = start(tmp_path, "batch_size=5000,64", "seed=0", "epochs=100000", "fail_fast=true", *PARALLEL).wait(120)
+    out, errors = sweep.stdout, sweep.stderr
     assert sweep.returncode == 1
     assert errors.startswith("error: 1 of 2 trainings failed, the first with: batch_size=5000: must be at most")
     assert errors.count("\n") == 1
@@ -120,7 +101,6 @@ def test_fail_fast_ends_the_trainings_of_other_workers(tmp_path: Path) -> None:
     assert sorted(status["state"] for status in statuses(tmp_path)) in (["failed"], ["failed", "interrupted"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number"), [([], signal.SIGINT), (PARALLEL, signal.SIGTERM)], ids=["serial", "joblib"]
 )
@@ -128,9 +108,12 @@ def test_interrupted_sweep_keeps_its_trainings(tmp_path: Path, launcher: list[st
     running = 2 if launcher else 1
     sweep = start(tmp_path, "seed=0,1,2", "epochs=100000", "save_seconds=0.2", *launcher)
     wait_until(lambda: len(list(tmp_path.glob(f"s/runs/*/{STATE_FILE}"))) == running)
+    processes = members(sweep.pid)
+    assert len(processes) >= (3 if launcher else 1)
     os.killpg(sweep.pid, number)  # as a terminal does, and a batch system
-    out, errors = sweep.communicate(timeout=30)
-    assert (sweep.returncode, errors) == (128 + number, "interrupted\n")
+    ended = sweep.wait(30)
+    assert (ended.returncode, ended.stderr) == (128 + number, "interrupted\n")
+    assert wait_for(lambda: not members(sweep.pid), 10), "a worker outlives the sweep"
     found = statuses(tmp_path)
     assert [status["state"] for status in found] == ["interrupted"] * running
     for path in tmp_path.glob("s/runs/*/metrics.csv"):
@@ -140,7 +123,6 @@ def test_interrupted_sweep_keeps_its_trainings(tmp_path: Path, launcher: list[st
     assert not list(tmp_path.glob("s/runs/*/.*.tmp"))
 
 
-@pytest.mark.slow
 def test_error_of_a_job_is_kept_stops_a_sweep_that_is_to_fail_fast_and_is_retried(tmp_path: Path) -> None:
     # A folder in the place of a file is an error that no check foresees.
     config = compose_train(
@@ -148,8 +130,8 @@ def test_error_of_a_job_is_kept_stops_a_sweep_that_is_to_fail_fast_and_is_retrie
     )
     broken = run_folder(config)
     (broken.path / "checkpoint.safetensors" / "x").mkdir(parents=True)
-    sweep = start(tmp_path, "seed=0,1,2", "epochs=1", "fail_fast=true")
-    out, errors = sweep.communicate(timeout=120)
+    sweep = start(tmp_path, "seed=0,1,2", "epochs=1", "fail_fast=true").wait(120)
+    out, errors = sweep.stdout, sweep.stderr
     assert sweep.returncode == 1
     assert errors.startswith("error: 1 of 3 trainings failed, the first with: ") and errors.count("\n") == 1
     assert "Is a directory" in errors
@@ -163,8 +145,8 @@ def test_error_of_a_job_is_kept_stops_a_sweep_that_is_to_fail_fast_and_is_retrie
     assert (broken.path / "error.log").read_text() == status["traceback"]
     (broken.path / "checkpoint.safetensors" / "x").rmdir()
     (broken.path / "checkpoint.safetensors").rmdir()
-    sweep = start(tmp_path, "seed=0,1,2", "epochs=1")
-    out, errors = sweep.communicate(timeout=120)
+    sweep = start(tmp_path, "seed=0,1,2", "epochs=1", name="again").wait(120)
+    out, errors = sweep.stdout, sweep.stderr
     assert (sweep.returncode, errors) == (0, "")
     assert f"run {broken.run_id}: retrying: failed before with {status['error']}" in out
     assert out.splitlines()[-1] == "2 done, 1 skipped (finished before), 0 diverged, 0 stopped by an error"

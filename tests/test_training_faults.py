@@ -1,15 +1,21 @@
 """Disks that are full or read-only, and clocks that jump, while a model trains."""
 
+import contextlib
+import ctypes
 import json
 import os
-import shutil
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import forked
 import pytest
 from conftest import compose_train
+from forked import Ended
 
 from drs.config import PROJECT_ROOT, TrainConfig
 from drs.data import load_arrays
@@ -17,16 +23,10 @@ from drs.runs import run_folder
 from drs.tables import busy_seconds, training_times
 from drs.training import train
 
-TRAIN = [sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), "data=digits", "model=mlp", "loss=ce", "study=s"]
-# Mounts a small file system that ends with the shell, trains into it, and lists what is there in the end.
-IN_A_MOUNT = """
-mount -t tmpfs -o "$1" tmpfs "$2" || exit 99
-shift 2
-"$@"
-status=$?
-find "$DRS_RESULTS" -type f
-exit $status
-"""
+TRAIN = ["data=digits", "model=mlp", "loss=ce", "study=s"]
+# Of unshare(2), mounts of its own, and a user of its own who may mount; of mount(2).
+OWN_MOUNTS, OWN_USERS, READ_ONLY = 0x00020000, 0x10000000, 1
+NOT_ALLOWED = "no file system can be mounted here: "
 
 
 @pytest.fixture(scope="module")
@@ -37,31 +37,50 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(results: Path, cache: Path, *command: str) -> tuple[int, str, str]:
-    environment = {**os.environ, "DRS_RESULTS": str(results), "DRS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+def run(folder: Path, cache: Path, *arguments: str, **more: Any) -> Ended:
+    environment = {"DRS_RESULTS": str(folder), "DRS_CACHE": str(cache)}
+    return forked.run("train.py", *TRAIN, *arguments, out=cache / folder.name, environment=environment, **more)
 
 
-def run_in_mount(folder: Path, cache: Path, options: str, *arguments: str) -> tuple[int, str, str]:
-    """Train into a file system mounted for the test alone; skip where that is not allowed."""
+def mount(folder: Path, size: bytes | None) -> None:
+    """Mount a small file system, read-only without a size, that this process alone sees and that ends with it."""
+    libc, user, group = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    if libc.unshare(OWN_MOUNTS | OWN_USERS):
+        raise OSError(NOT_ALLOWED + os.strerror(ctypes.get_errno()))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    kind, data = b"tmpfs", b"size=" + (size or b"1m")
+    if libc.mount(kind, str(folder).encode(), kind, READ_ONLY if size is None else 0, data):
+        raise OSError(NOT_ALLOWED + os.strerror(ctypes.get_errno()))
+
+
+def run_in_mount(
+    folder: Path, cache: Path, size: bytes | None, *arguments: str, before: Callable[[], object] = lambda: None
+) -> Ended:
+    """Train into a file system mounted for the test alone, and list its files; skip where that is not allowed."""
     folder.mkdir()
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        pytest.skip("unshare is not installed, which mounts a file system for one process alone")
-    command = [unshare, "-rm", "sh", "-c", IN_A_MOUNT, "sh", options, str(folder), *arguments]
-    status, out, errors = run(folder, cache, *command)
-    if status == 99 or "unshare" in errors:
-        pytest.skip(f"no file system can be mounted here: {errors.strip()}")
-    return status, out, errors
+
+    def prepare() -> None:
+        mount(folder, size)
+        before()
+
+    def list_files() -> None:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                print(path)
+
+    ended = run(folder, cache, *arguments, before=prepare, after=list_files)
+    if NOT_ALLOWED in ended.stderr:
+        pytest.skip(ended.stderr.splitlines()[-1])
+    return ended
 
 
 def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, cache: Path) -> None:
     # There is room for config, status and metrics, not for the state after the first epoch.
-    status, out, errors = run_in_mount(
-        tmp_path / "small", cache, "size=200k", *TRAIN, "epochs=3", "save_seconds=0", "seed=5"
-    )
-    assert status == 2
+    ended = run_in_mount(tmp_path / "small", cache, b"200k", "epochs=3", "save_seconds=0", "seed=5")
+    out, errors = ended.stdout, ended.stderr
+    assert ended.returncode == 2
     assert errors.count("\n") == 1
     assert errors.startswith(f"error: {tmp_path}/small/s/runs/")
     assert (
@@ -73,38 +92,50 @@ def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, cache: Pa
 
 
 def test_disk_without_any_room_is_one_line(tmp_path: Path, cache: Path) -> None:
-    fill = 'head -c 1M /dev/zero >"$DRS_RESULTS/filler" 2>/dev/null; exec "$@"'
-    status, out, errors = run_in_mount(tmp_path / "full", cache, "size=64k", "sh", "-c", fill, "sh", *TRAIN, "epochs=1")
-    assert status == 2
+    filler = tmp_path / "full" / "filler"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            file.write(bytes(1 << 20))
+
+    ended = run_in_mount(tmp_path / "full", cache, b"64k", "epochs=1", before=fill)
+    out, errors = ended.stdout, ended.stderr
+    assert ended.returncode == 2
     assert errors.count("\n") == 1
     assert "claim: cannot be written (No space left on device); free some space" in errors
-    assert out.splitlines()[-1] == f"{tmp_path}/full/filler"
+    assert out.splitlines()[-1] == str(filler)
 
 
 def test_file_that_is_too_large_for_the_limit_is_one_line(tmp_path: Path, cache: Path) -> None:
-    limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]
-    status, _, errors = run(tmp_path, cache, *limited, *TRAIN, "epochs=1", "save_seconds=1000")
-    assert status == 2
+    results = tmp_path / "limited"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200 * 1024, 200 * 1024))
+
+    ended = run(results, cache, "epochs=1", "save_seconds=1000", before=limit)
+    errors = ended.stderr
+    assert ended.returncode == 2
     assert errors.count("\n") == 1
     assert "checkpoint.safetensors: cannot be written (File too large); raise the limit on the size of a file" in errors
-    (folder,) = (tmp_path / "s" / "runs").iterdir()
+    (folder,) = (results / "s" / "runs").iterdir()
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "error.log", "metrics.csv", "status.json"]
 
 
 def test_read_only_results_are_one_line(tmp_path: Path, cache: Path) -> None:
-    status, out, errors = run_in_mount(tmp_path / "readonly", cache, "size=64k,ro", *TRAIN, "epochs=1")
-    assert status == 2
-    assert errors.count("\n") == 1
-    assert "cannot be written (Read-only file system); results_dir=FOLDER or DRS_RESULTS=FOLDER chooses" in errors
-    assert str(tmp_path) not in out
+    ended = run_in_mount(tmp_path / "readonly", cache, None, "epochs=1")
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    said = "cannot be written (Read-only file system); results_dir=FOLDER or DRS_RESULTS=FOLDER chooses"
+    assert said in ended.stderr
+    assert str(tmp_path) not in ended.stdout
 
 
 def test_results_that_cannot_be_a_folder_are_one_line(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "file").touch()
-    status, _, errors = run(tmp_path / "file" / "results", cache, *TRAIN, "epochs=1")
-    assert (status, errors.count("\n")) == (2, 1)
-    assert "cannot be written (Not a directory); results_dir=FOLDER or DRS_RESULTS=FOLDER chooses" in errors
+    ended = run(tmp_path / "file" / "results", cache, "epochs=1")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "cannot be written (Not a directory); results_dir=FOLDER or DRS_RESULTS=FOLDER chooses" in ended.stderr
 
 
 def small(tmp_path: Path) -> TrainConfig:
