@@ -1,17 +1,21 @@
 """One small trained model and one small finished study, made once by the real entrypoints' own functions."""
 
+import functools
 import os
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
-from drs.config import PROJECT_ROOT, TrainConfig, train_config
+from drs.composition import Composer
+from drs.config import PROJECT_ROOT, TrainConfig
 from drs.data import LabelledImages, load_test_split, load_training_split
 from drs.sweeper import register_plugins
 from drs.training import fit
@@ -23,11 +27,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=0, help="of the moments at which it does")
 
 
+@functools.cache
+def composer(*environment: str | None) -> Composer:
+    """Return what keeps compositions, which Hydra takes long for; one for each state of the variables in them."""
+    return Composer(
+        lambda overrides: compose("train", overrides),
+        lambda key: GlobalHydra.instance().config_loader().repository.group_exists(key),  # type: ignore[attr-defined]
+    )
+
+
 def compose_train(*overrides: str) -> TrainConfig:
     """Compose the training config with overrides, as the entrypoint does."""
     register_plugins()
+    variables = [os.environ.get(name) for name in ("DRS_RESULTS", "DRS_CACHE", "DRS_DATA")]
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return train_config(compose("train", list(overrides)))
+        return composer(*variables).train_config(overrides)
 
 
 @pytest.fixture(scope="session")
@@ -46,20 +60,38 @@ def digits_model(digits: tuple[LabelledImages, LabelledImages, LabelledImages]) 
     return model
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that ``make`` fills once for all test workers, and that is theirs in common."""
+    base = factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+SMOKE = [
+    "experiment=smoke", "workers=1", "suite.attacks.cw.steps=40", "suite.attacks.cw.binary_search_steps=4",
+    "suite.attacks.cw_torchattacks.steps=15",
+]  # fmt: skip
+"""Evaluates the smoke study with fewer steps of its long attacks."""
+
+
 @pytest.fixture(scope="session")
 def smoke_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results folder of ``experiment=smoke``, run once from the command line for all workers."""
-    shared = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        shared = shared.parent
-    results = shared / "results"
-    with FileLock(str(shared / "smoke.lock")):
-        if not (results / "smoke" / "REPORT.md").exists():
-            environment = {**os.environ, "DRS_RESULTS": str(results), "DRS_CACHE": str(shared / "data")}
-            for script in ("train.py", "evaluate.py"):
-                command = [sys.executable, str(PROJECT_ROOT / "scripts" / script), "experiment=smoke"]
-                subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return results
+    """The results folder of a shortened ``experiment=smoke``, run once for all workers; nobody changes it."""
+
+    def run_smoke(folder: Path) -> None:
+        environment = {"DRS_RESULTS": str(folder / "results"), "DRS_CACHE": str(folder / "data")}
+        for script, arguments in (("train.py", ["experiment=smoke", "epochs=15"]), ("evaluate.py", SMOKE)):
+            out = folder / f"{script}.out"
+            done = forked.run(script, *arguments, out=out, environment=environment, seconds=600)
+            assert done.returncode == 0, done
+
+    return made_once(tmp_path_factory, "smoke", run_smoke) / "results"
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +99,4 @@ def brief_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results folder of three brief trainings, to be copied before it is changed."""
     from brief_study import train_three
 
-    folder = tmp_path_factory.mktemp("brief")
-    train_three(folder)
-    return folder
+    return made_once(tmp_path_factory, "brief", lambda folder: train_three(folder / "results")) / "results"

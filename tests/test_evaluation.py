@@ -3,15 +3,19 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import SMOKE
 
+import drs.report
 from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT
 from drs.landing import landing_row
@@ -26,10 +30,11 @@ TABLES = [
 ]  # fmt: skip
 
 
-def evaluate(results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "DRS_RESULTS": str(results)}
-    command = [sys.executable, str(PROJECT_ROOT / "scripts" / "evaluate.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+def evaluate(results: Path, out: Path, *more: str) -> str:
+    """Evaluate the smoke study again; return what is printed."""
+    done = forked.run("evaluate.py", *SMOKE, *more, out=out, environment={"DRS_RESULTS": str(results)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +57,16 @@ def test_study_has_every_table_figure_and_a_report(study: Path) -> None:
     for claim in ("C1", "C2", "C3", "C4", "C5"):
         assert claim in report
     assert not list(study.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_smoke_study_runs_as_it_is(tmp_path: Path) -> None:
+    environment = {**os.environ, "DRS_RESULTS": str(tmp_path), "DRS_CACHE": str(tmp_path / "data")}
+    for script in ("train.py", "evaluate.py"):
+        command = [sys.executable, str(PROJECT_ROOT / "scripts" / script), "experiment=smoke"]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert len(read(tmp_path / "smoke", "models")) == 8
+    assert (tmp_path / "smoke" / "REPORT.md").exists()
 
 
 def test_models_table_has_the_promised_columns_and_one_row_per_training(study: Path) -> None:
@@ -118,45 +133,50 @@ def test_pgd_is_no_weaker_than_fgsm_and_accuracy_falls_with_epsilon(study: Path)
     assert (np.diff(curve, axis=1) <= 0).all()
 
 
-def test_second_evaluation_computes_nothing_and_changes_nothing(smoke_results: Path, study: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in study.rglob("*") if path.is_file()}
-    done = evaluate(smoke_results, "experiment=smoke")
-    assert done.returncode == 0, done.stderr
-    assert "0 to compute" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in study.rglob("*") if path.is_file()} == before
+def test_second_evaluation_computes_nothing_and_changes_nothing(
+    smoke_results: Path, study: Path, tmp_path: Path
+) -> None:
+    def times() -> dict[Path, int]:
+        # Another test may let W&B write into a folder of its own meanwhile.
+        files = (path for path in study.rglob("*") if path.is_file() and "wandb" not in path.parts)
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    said = evaluate(smoke_results, tmp_path / "out")
+    assert "0 to compute" in said and "nothing has changed" in said
+    assert times() == before
 
 
-def test_only_the_missing_cell_is_filled_and_comes_out_the_same(smoke_results: Path, study: Path) -> None:
-    run = finished_runs(study)[0]
-    path = next((run.path / "eval").glob("pgd@0.1-*.npz"))
-    before = load_arrays_file(path)
-    path.unlink()
-    done = evaluate(smoke_results, "experiment=smoke")
-    assert done.returncode == 0, done.stderr
-    assert "88 cells, 1 to compute" in done.stdout
-    after = load_arrays_file(path)
-    for name in ("indices", "labels", "logits", "distance"):
-        np.testing.assert_array_equal(before[name], after[name])
-
-
-def test_damaged_cell_is_named_and_computed_again(smoke_results: Path, study: Path) -> None:
-    run = finished_runs(study)[0]
-    path = next((run.path / "eval").glob("fgsm@0.1-*.npz"))
-    whole = load_arrays_file(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    done = evaluate(smoke_results, "experiment=smoke")
-    assert done.returncode == 0, done.stderr
-    assert f"{path}: not a whole array file" in done.stdout
-    assert "88 cells, 1 to compute" in done.stdout
-    np.testing.assert_array_equal(load_arrays_file(path)["logits"], whole["logits"])
+def test_only_missing_and_damaged_cells_are_filled_and_come_out_the_same(
+    smoke_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(smoke_results / "smoke", tmp_path / "smoke")
+    # Drawing takes most of the time, and has tests of its own.
+    monkeypatch.setattr(drs.report, "plan_figures", lambda tables: [])
+    run = finished_runs(tmp_path / "smoke")[0]
+    missing = next((run.path / "eval").glob("pgd@0.1-*.npz"))
+    damaged = next((run.path / "eval").glob("fgsm@0.1-*.npz"))
+    before = {path: load_arrays_file(path) for path in (missing, damaged)}
+    missing.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    said = evaluate(tmp_path, tmp_path / "out", "timing=false")
+    # That a cell is damaged shows where the tables are built from it.
+    assert f"{damaged}: not a whole array file" in said
+    assert said.count("88 cells, 1 to compute") == 2
+    for path, arrays in before.items():
+        after = load_arrays_file(path)
+        for name in ("indices", "labels", "logits", "distance"):
+            np.testing.assert_array_equal(arrays[name], after[name])
 
 
 def test_study_without_a_finished_run_is_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "empty" / "runs" / "0123456789ab"
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"state": "running"}))
-    done = evaluate(tmp_path, "study=empty")
+    # In an interpreter of its own, which shows that nothing that is imported says anything.
+    command = [sys.executable, str(PROJECT_ROOT / "scripts" / "evaluate.py"), "study=empty"]
+    environment = {**os.environ, "DRS_RESULTS": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 2
     assert (
         done.stderr.strip()

@@ -1,14 +1,13 @@
 """The strong suite on models whose answer is known: planted masks are flagged and broken, real robustness is kept."""
 
-import os
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_train
-from filelock import FileLock
+from conftest import compose_train, made_once
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ EPSILON = "0.2"
 N = 60
 
 
+@functools.cache
 def strong_suite() -> SuiteConfig:
     register_plugins()
     overrides = [
@@ -36,6 +36,7 @@ def strong_suite() -> SuiteConfig:
         f"suite.n_decisive.digits={N}",
         f"suite.sanity.n_samples={N}",
         "suite.sanity.steps=20",
+        f"suite.epsilons.digits.linf=[{EPSILON}]",
         f"suite.decisive_epsilons.digits.linf=[{EPSILON}]",
         "suite.attacks.cw.n_samples=10",
         "suite.attacks.cw_torchattacks.n_samples=10",
@@ -61,16 +62,15 @@ class Judged:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two cross-entropy models and an adversarially trained one, trained once for all test workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "controls"
-    shared.mkdir(exist_ok=True)
-    common = ["data=digits", "model=mlp", "epochs=20", "batch_size=64", "study=controls", f"results_dir={shared}"]
     adversarial = ["procedure=adversarial", f"procedure.epsilon={EPSILON}", "procedure.steps=5"]
     settings = [["loss=ce", "seed=0"], ["loss=ce", "seed=1"], ["loss=ce", "seed=0", "epochs=40", *adversarial]]
-    with FileLock(str(shared / "lock")):
+
+    def train_all(folder: Path) -> None:
+        common = ["data=digits", "model=mlp", "epochs=20", "batch_size=64", "study=controls", f"results_dir={folder}"]
         for setting in settings:
             train(compose_train(*common, *setting, "progress=false"))
-    return shared
+
+    return made_once(tmp_path_factory, "controls", train_all)
 
 
 def judge(study: Path, chosen: list[str], plant: Callable[[nn.Module], nn.Module], tmp_path: Path) -> Judged:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import made_once
 from synthetic import PROVENANCE, study_tables, write_study
 
 from drs.errors import UserError
@@ -28,13 +30,25 @@ def _no_warning() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("studies") / "tiny")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with its figures, and beside it a list of what ``draw_figures`` returned."""
+
+    def draw(folder: Path) -> None:
+        names = [path.name for path in draw_figures(write_study(folder / "tiny"))]
+        (folder / "drawn.json").write_text(json.dumps(names))
+
+    shutil.copytree(made_once(tmp_path_factory, "drawn", draw), folder := tmp_path_factory.mktemp("studies") / "drawn")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def files(study: Path) -> list[Path]:
-    return draw_figures(study)
+def study(drawn: Path) -> Path:
+    return drawn / "tiny"
+
+
+@pytest.fixture(scope="module")
+def files(drawn: Path, study: Path) -> list[Path]:
+    return [study / "figures" / name for name in json.loads((drawn / "drawn.json").read_text())]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Sanity checks and worst cases from arrays made by hand, and the cascade that attacks only what still stands."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ N = 100
 EPSILON = Epsilon(0.1, "0.1")
 
 
+@functools.cache
 def suite(*overrides: str) -> SuiteConfig:
     register_plugins()
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):

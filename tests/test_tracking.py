@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 import pandas as pd
 import pytest
 import wandb
-from conftest import compose_train
+from conftest import SMOKE, compose_train
 from test_launchers import members, wait_for
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -275,22 +276,15 @@ def running_from(folder: Path) -> list[str]:
     return found
 
 
-def sweep(tmp_path: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), "-m", "data=digits", "model=mlp", "loss=ce",
-        "study=s", "seed=0,1", "batch_size=64", f"results_dir={tmp_path}/results", f"data.cache={tmp_path}/data",
-        *overrides,
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
 def test_parallel_sweep_records_every_run_and_leaves_no_process(tmp_path: Path, clean_wandb: Path) -> None:
-    command = sweep(tmp_path, "epochs=2", "tracking=wandb", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "wandb" not in out + err, out + err
+    sweep = [
+        "-m", "data=digits", "model=mlp", "loss=ce", "study=s", "seed=0,1", "batch_size=64", "epochs=2",
+        f"results_dir={tmp_path}/results", f"data.cache={tmp_path}/data", "tracking=wandb", "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+    ]  # fmt: skip
+    process = forked.start("train.py", *sweep, out=tmp_path / "out")
+    ended = process.wait(120)
+    assert ended.returncode == 0 and "wandb" not in ended.stdout + ended.stderr, ended
     assert wait_for(lambda: not members(process.pid) and not running_from(tmp_path), 10)
     found = recorded(tmp_path / "results" / "s")
     assert [(len(part.history), part.exit_code) for part in found] == [(2, 0), (2, 0)]
@@ -348,15 +342,11 @@ def test_only_one_file_imports_wandb() -> None:
     assert importers == {"tracking.py"}
 
 
-@pytest.mark.slow
-def test_evaluation_script_records_its_study(smoke_results: Path) -> None:
-    command = [sys.executable, str(PROJECT_ROOT / "scripts" / "evaluate.py"), "experiment=smoke", "tracking=wandb"]
-    environment = {
-        **os.environ, "DRS_RESULTS": str(smoke_results), "DRS_CACHE": str(smoke_results.parent / "data"),
-    }  # fmt: skip
+def test_evaluation_script_records_its_study(smoke_results: Path, tmp_path: Path) -> None:
+    environment = {"DRS_RESULTS": str(smoke_results), "DRS_CACHE": str(smoke_results.parent / "data")}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stderr == ""
+        done = forked.run("evaluate.py", *SMOKE, "tracking=wandb", out=tmp_path / "out", environment=environment)
+        assert (done.returncode, done.stderr) == (0, "")
         (found,) = recorded(smoke_results / "smoke")
     finally:
         shutil.rmtree(smoke_results / "smoke" / "wandb", ignore_errors=True)
