@@ -5,7 +5,8 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures bundle merge test test-slow test-bundle test-slurm test-scale lint clean lock
+.PHONY: help setup data smoke reproduce status figures bench bundle merge
+.PHONY: test test-slow test-bundle test-slurm test-scale lint clean lock
 
 help:  # lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +29,9 @@ status: setup  ## show the state of a study at any time (STUDY=NAME, and EXPERIM
 
 figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
 	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")
+
+bench: setup  ## measure speed and memory beside other libraries; results/bench (ONLY=loss makes one section)
+	@$(PY) scripts/bench.py $(if $(ONLY),--only "$(ONLY)")
 
 bundle:  ## pack all that a node without a network needs into dist/ (PYTHON=3.12 PLATFORM= DATA= EXCLUDE=)
 	@sh scripts/setup.sh "$(if $(findstring python,$(PYTHON)),$(PYTHON),python3)"

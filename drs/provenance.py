@@ -34,10 +34,7 @@ def describe_study(
     return {
         "study": config.study,
         "suites": [suite.name],
-        **_commit(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "hardware": hardware(device),
+        **describe_machine(device),
         "wall_seconds": {"train": round(train_seconds, 1), "attack": round(attack_seconds, 1)},
         "data": {name: _digests(name, cache[name]) for name in names},
         "attacks": {name: asdict(attack) for name, attack in suite.attacks.items()},
@@ -52,6 +49,16 @@ def describe_study(
         "n_attacked": {name: suite_samples(suite, name) for name in names},
         "n_decisive": {name: decisive_samples(suite, name) for name in names},
         "sanity": asdict(suite.sanity) if suite.sanity is not None else None,
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return commit, time, versions and hardware."""
+    return {
+        **_commit(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "hardware": hardware(device),
     }
 
 

@@ -1,0 +1,118 @@
+"""Rows of a benchmark -> bench.csv and REPORT.md."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from drs.benchmarks.harness import Row
+from drs.errors import UserError
+from drs.files import atomic_write
+from drs.markdown import escape, significant, table
+
+TITLES = {
+    "loss": "The loss",
+    "training": "Training",
+    "attacks": "Attacks",
+    "startup": "Start-up",
+    "memory": "Memory",
+    "gpu": "On a GPU",
+}
+COLUMNS = [item.name for item in fields(Row)]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Return the rows of ``bench.csv``, none where there is no such file.
+
+    Raises:
+        UserError: If it has other columns.
+    """
+    path = folder / "bench.csv"
+    if not path.exists():
+        return []
+    frame = pd.read_csv(path, keep_default_na=True)
+    if set(COLUMNS) - set(frame.columns):
+        raise UserError(f"{path}: has not the columns {', '.join(COLUMNS)}; delete it, or move it away")
+    numbers = ("ours_median", "theirs_median", "ratio", "low", "high")
+    rows = []
+    for record in frame.to_dict("records"):
+        values: dict[str, Any] = {name: record[name] for name in COLUMNS}
+        for name, value in values.items():
+            if pd.isna(value):
+                values[name] = None if name in numbers else ""
+        rows.append(Row(**values))
+    return rows
+
+
+def write_rows(folder: Path, rows: Sequence[Row], provenance: dict[str, Any]) -> None:
+    """Write ``bench.csv``, ``provenance.json`` and ``REPORT.md``, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = pd.DataFrame([{**asdict(row), "verdict": row.verdict} for row in rows], columns=[*COLUMNS, "verdict"])
+    with atomic_write(folder / "bench.csv") as temporary:
+        frame.to_csv(temporary, index=False)
+    with atomic_write(folder / "provenance.json") as temporary:
+        temporary.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(folder / "REPORT.md") as temporary:
+        temporary.write_text(report_text(rows, provenance), encoding="utf-8")
+
+
+def report_text(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
+    """Return the report: per section a table of ratios, then floors and notes."""
+    hardware, versions = provenance["hardware"], provenance["versions"]
+    machine = provenance["machine"]
+    counts = pd.Series([row.verdict for row in rows if row.target]).value_counts()
+    lines = [
+        "# Benchmarks",
+        "",
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, GPU: {hardware['gpu']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f"; commit {provenance['commit'][:12]}{' with changes' if provenance['dirty'] else ''}.",
+        f"The machine's rates, measured: {machine['gigaflops']:.3g} GFLOP/s multiplying float32 matrices, "
+        f"{machine['gigabytes']:.3g} GB/s copying.",
+        "",
+        "A ratio is one of medians over repeats that are run in turn; in brackets its 95 % bootstrap interval over the "
+        "repeats. Made by `make bench`; `make bench ONLY=loss` makes one section anew and keeps the others.",
+        "",
+        "Targets: " + (", ".join(f"{number} {verdict}" for verdict, number in counts.items()) or "none") + ".",
+    ]
+    for section, title in TITLES.items():
+        chosen = [row for row in rows if row.section == section]
+        if chosen:
+            lines += ["", f"## {title}", "", _table(chosen), *_notes(chosen)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    headers = [
+        "case", "measured", "against", "unit", "median", "median of the other", "ratio", "target", "verdict", "repeats",
+        "on",
+    ]  # fmt: skip
+    cells = []
+    for row in rows:
+        ratio = "not measured"
+        if row.ratio is not None and row.low is not None and row.high is not None:
+            ratio = significant(row.ratio)
+            if row.low != row.high:
+                ratio += f" ({significant(row.low)} to {significant(row.high)})"
+        device = f"{row.device}, {row.threads} threads" if row.device == "cpu" and row.threads > 1 else row.device
+        cells.append([
+            escape(row.case), escape(row.ours), escape(row.theirs), row.unit, _number(row.ours_median),
+            _number(row.theirs_median), ratio, escape(row.target), row.verdict, str(row.repeats), device,
+        ])  # fmt: skip
+    return table(headers, cells, align="llllrrrllrl")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else significant(value)
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    lines = [f"- {escape(row.case)}, {escape(row.ours)}: {escape(text)}." for row in rows for text in _told(row)]
+    return ["", *dict.fromkeys(lines)] if lines else []
+
+
+def _told(row: Row) -> list[str]:
+    return [text for text in (f"floor: {row.floor}" if row.floor else "", row.note) if text]

@@ -1,0 +1,143 @@
+"""Measure how fast this is beside other ways to do the same work.
+
+    python scripts/bench.py [--only SECTION]
+
+Sections: loss, training, attacks, startup, memory. Results go to results/bench (bench.csv, REPORT.md). Nothing else
+should run on the machine meanwhile.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from drs.allocator import keep_freed_memory
+from drs.benchmarks.attacks import attack_rows
+from drs.benchmarks.harness import Machine, Row, measure_machine, torch_threads
+from drs.benchmarks.losses import loss_rows, step_rows
+from drs.benchmarks.report import read_rows, write_rows
+from drs.benchmarks.startup import peak_memory_rows, startup_rows
+from drs.benchmarks.training import training_rows
+from drs.config import PROJECT_ROOT, TrainConfig, train_config
+from drs.data import load_split
+from drs.entrypoint import fail
+from drs.errors import UserError
+from drs.filling import load_test
+from drs.provenance import describe_machine
+from drs.sweeper import register_plugins
+from drs.training import fit
+
+N_IMAGES = 500
+EPSILON = 0.1
+
+
+def composed(*overrides: str) -> TrainConfig:
+    """Compose a training config as the entrypoint does."""
+    register_plugins()
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return train_config(compose("train", list(overrides)))
+
+
+def trained(config: TrainConfig) -> nn.Module:
+    """Train a model for the attacks; nothing is written."""
+    device = torch.device("cpu")
+    model, _ = fit(config, *load_split(config.data, device), device)
+    return model
+
+
+def loss_section(machine: Machine) -> Iterator[Row]:
+    """The loss and the training step, on one thread and on all."""
+    for threads in dict.fromkeys((1, torch.get_num_threads())):
+        with torch_threads(threads):
+            yield from loss_rows(machine)
+    yield from step_rows(composed("data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam"))
+
+
+def training_section(machine: Machine) -> Iterator[Row]:
+    """Whole trainings, on part of the data."""
+    mnist = composed("data=mnist", "model=lenet", "loss=ce", "optim=adam", "epochs=1")
+    yield from training_rows(mnist, ">= 4")
+    cifar = composed(
+        "data=cifar10", "model=smallcnn", "loss=ce", "optim=sgd", "epochs=1", "data.train_samples=20000"
+    )  # fmt: skip
+    yield from training_rows(cifar, ">= 2")
+
+
+def attacks_section(machine: Machine) -> Iterator[Row]:
+    """Gradient steps on an undefended and on an adversarially trained model."""
+    plain = composed("data=mnist", "model=lenet", "loss=ce", "optim=adam", "epochs=2")
+    adversarial = composed(
+        "data=mnist", "model=lenet", "loss=ce", "optim=adam", "epochs=3", "data.train_samples=20000",
+        "procedure=adversarial", f"procedure.epsilon={EPSILON}", "procedure.steps=3",
+        "procedure.relative_step_size=0.5",
+    )  # fmt: skip
+    test, _ = load_test(plain.data, N_IMAGES, torch.device("cpu"))
+    for config, described, target in (
+        (plain, "undefended lenet", ">= 3"), (adversarial, "adversarially trained lenet", ">= 1"),
+    ):  # fmt: skip
+        yield from attack_rows(trained(config), test.pixels(), test.labels, EPSILON, described=described, target=target)
+
+
+def startup_section(machine: Machine) -> Iterator[Row]:
+    """Whole processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from startup_rows(Path(folder), dict(os.environ))
+
+
+def memory_section(machine: Machine) -> Iterator[Row]:
+    """Peak memory of whole processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from peak_memory_rows(Path(folder), dict(os.environ))
+
+
+SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
+    "loss": loss_section,
+    "training": training_section,
+    "attacks": attacks_section,
+    "startup": startup_section,
+    "memory": memory_section,
+}
+
+
+def main() -> int:
+    """Run the sections asked for and write what they found beside the rows of the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="SECTION", help=f"one of {', '.join(SECTIONS)}")
+    only = parser.parse_args().only
+    if only is not None and only not in SECTIONS:
+        raise UserError(f"ONLY={only}: must be one of {', '.join(SECTIONS)}")
+    folder = PROJECT_ROOT / "results" / "bench"
+    keep_freed_memory()
+    chosen = [only] if only else list(SECTIONS)
+    rows = [row for row in read_rows(folder) if row.section not in chosen]
+    print("measuring the machine", flush=True)
+    machine = measure_machine()
+    provenance = {**describe_machine(torch.device("cpu")), "machine": asdict(machine)}
+    began = time.perf_counter()
+    for section in chosen:
+        for row in SECTIONS[section](machine):
+            rows.append(row)
+            ratio = "not measured" if row.ratio is None else f"{row.ratio:.3g}"
+            passed = time.perf_counter() - began
+            print(f"[{passed:5.0f} s] {row.case}: {row.ours} against {row.theirs}: {ratio} {row.verdict}", flush=True)
+    rows.sort(key=lambda row: list(SECTIONS).index(row.section))
+    write_rows(folder, rows, provenance)
+    print(f"{folder / 'REPORT.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        fail(str(error))
