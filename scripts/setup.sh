@@ -18,6 +18,11 @@ if [ -f "$stamp" ] && wanted | cmp -s - "$stamp" && .venv/bin/python -c '' 2>/de
     exit 0
 fi
 
+if [ -L .venv ]; then
+    echo "error: .venv is a link to $(readlink .venv), which making it anew would empty; remove the link first" >&2
+    exit 2
+fi
+
 version=$("$python" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null) || version="not found"
 case $version in
     3.11 | 3.12) ;;
