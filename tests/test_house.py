@@ -236,6 +236,16 @@ def test_setup_installs_again_after_an_interruption(checkout: Path) -> None:
     assert _setup(checkout)[2] == ["lock", "package"], "half of another lock was installed in between"
 
 
+def test_setup_leaves_alone_what_a_link_points_to(checkout: Path) -> None:
+    _setup(checkout)
+    (checkout / ".venv").rename(checkout / "elsewhere")
+    (checkout / ".venv").symlink_to("elsewhere")
+    (checkout / "requirements.lock").write_text("a==2\n")
+    status, text, log = _setup(checkout)
+    assert status != 0 and not log and "error: .venv is a link to elsewhere" in text
+    assert (checkout / "elsewhere" / "bin" / "python").exists()
+
+
 def test_setup_installs_again_in_another_folder(checkout: Path) -> None:
     _setup(checkout)
     moved = checkout.rename(checkout.parent / "moved")
