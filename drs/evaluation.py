@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from drs.evaluation_workers import Progress, as_they_come, count_workers, worker
 from drs.files import remove_leftovers
 from drs.filling import fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
+from drs.reduction import reduce_run
 from drs.run_failures import RunFailure, forget_failure, record_failure
 from drs.runs import RunFolder, finished_runs, iterate_runs, study_folder
 from drs.spreading import fill_side_by_side
+from drs.suite_config import SuiteConfig
 
 SPREAD_SECONDS = 5.0
 """How long a single run is evaluated in one process: others take as long to start."""
@@ -44,6 +46,10 @@ class StudyEvaluation:
     cells: list[Cell]
     computed: int
     failures: list[RunFailure]
+
+
+WholeRun = tuple[list[Cell], SuiteConfig]
+"""All cells of a run, and their suite."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     )
     computed = 0
     with closing(Progress(total, len(todo), config.progress)) as progress:
-        for outcome in _evaluate(todo, device, workers, per_run, progress):
+        whole_runs = {run: (cells[run], config.suite) for run in todo}
+        for outcome in _evaluate(todo, whole_runs, device, workers, per_run, progress):
             computed += outcome.computed
             if outcome.failure is not None:
                 failures.append(outcome.failure)
@@ -150,14 +157,19 @@ def _missing(cells: list[Cell]) -> list[Cell]:
 
 
 def _evaluate(
-    todo: dict[RunFolder, list[Cell]], device: torch.device, workers: int, per_run: int, progress: Progress
+    todo: dict[RunFolder, list[Cell]],
+    whole_runs: dict[RunFolder, WholeRun],
+    device: torch.device,
+    workers: int,
+    per_run: int,
+    progress: Progress,
 ) -> Iterator[Outcome]:
     """Yield the outcome of every run, first of those that are free, then of those that another evaluation had."""
     said = False
     with _caller(workers, per_run, progress) as call:
         while todo:
             put_off = []
-            for outcome in call([(run, cells, device) for run, cells in todo.items()]):
+            for outcome in call([(run, cells, device, whole_runs[run]) for run, cells in todo.items()]):
                 if outcome.elsewhere:
                     put_off.append(outcome.run)
                     continue
@@ -182,19 +194,25 @@ def _caller(workers: int, per_run: int, progress: Progress) -> Iterator[Call]:
     """Yield what calls ``evaluate_run``: in worker processes, or here if there is to be one at a time."""
 
     def in_turn(tasks: list[tuple[Any, ...]]) -> Iterator[Outcome]:
-        for run, cells, device in tasks:
-            yield evaluate_run(run, cells, device, progress, per_run)
+        for task in tasks:
+            yield evaluate_run(*task, progress, per_run)
 
     with worker_pool(workers) if workers > 1 else nullcontext() as pool:
         yield in_turn if pool is None else lambda tasks: as_they_come(pool, evaluate_run, tasks)
 
 
 def evaluate_run(
-    run: RunFolder, cells: list[Cell], device: torch.device, progress: Progress | None = None, processes: int = 1
+    run: RunFolder,
+    cells: list[Cell],
+    device: torch.device,
+    whole: WholeRun | None = None,
+    progress: Progress | None = None,
+    processes: int = 1,
 ) -> Outcome:
     """Compute those of a run's cells that are missing, up to the first that fails, under the run's claim.
 
-    What is left after ``SPREAD_SECONDS`` is spread over several processes, if there may be more than one.
+    What is left after ``SPREAD_SECONDS`` is spread over several processes, if there may be more than one. With all
+    cells of the run and the suite as ``whole``, what they say together is kept for the tables.
 
     Raises:
         UnwritableError: If results cannot be written, which no other run will fare better with.
@@ -238,6 +256,9 @@ def evaluate_run(
                 failure = record_failure(run, cells[0].train, where, error)
                 return Outcome(run, computed, time.perf_counter() - began, failure)
             forget_failure(run)
+            if whole is not None:
+                with suppress(DamagedFileError):  # who makes the tables finds it, and has it computed again
+                    reduce_run(run, *whole)
     except (ClaimedElsewhere, ClaimLost):
         return Outcome(run, computed, elsewhere=True)
     return Outcome(run, computed, time.perf_counter() - began)

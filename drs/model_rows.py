@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from drs.attack_config import AttackConfig
 from drs.attacks import is_bounded
 from drs.cells import CLEAN, Cell, standing_at
+from drs.config import TrainConfig, loss_label, loss_weight
 from drs.statistics import STATISTICS, softmax_statistics
 from drs.suite_config import UNBOUNDED, Epsilon, SuiteConfig, decisive_epsilons, decisive_samples, suite_epsilons
 
@@ -36,6 +37,18 @@ class ModelReading:
     row: dict[str, Any]
     accuracy: list[dict[str, Any]]
     worst: list[dict[str, Any]]
+
+
+def describe(run_id: str, config: TrainConfig) -> dict[str, Any]:
+    """Return the columns that name a model in every table."""
+    return {
+        "run_id": run_id,
+        "data": config.data.name,
+        "model": config.model.name,
+        "loss": loss_label(config),
+        "loss_weight": loss_weight(config.loss),
+        "seed": config.seed,
+    }
 
 
 def read_model(

@@ -18,11 +18,12 @@ from drs.correlation import correlation_table
 from drs.device import choose_device
 from drs.errors import DamagedFileError, UserError
 from drs.evaluation import POLL_SECONDS, StudyEvaluation, redo_damaged
-from drs.files import remove_leftovers, sha256_of
+from drs.files import remove_leftovers
 from drs.granulated import granulated_table
 from drs.paired import paired_difference_table
 from drs.partial import partial_correlation_table
 from drs.provenance import describe_study
+from drs.reduction import code_fingerprint
 from drs.runs import iterate_runs, write_json
 from drs.tables import attack_times, build_tables, busy_seconds, halved_batches, training_times, write_tables
 from drs.timing import COLUMNS as TIMING_COLUMNS
@@ -52,7 +53,6 @@ def only_writer(study: Path) -> Iterator[None]:
 
 def _made_from(evaluation: StudyEvaluation, config: EvaluateConfig) -> dict[str, str]:
     """Return what decides a study's tables: its cells, the states of its runs, the suite and this package's code."""
-    code = {path.name: sha256_of(path) for path in sorted(Path(__file__).parent.rglob("*.py"))}
     failures = {failure.run.run_id: failure.error for failure in evaluation.failures}
     states = {
         run.run_id: failures.get(run.run_id) or run.status() for run in iterate_runs(evaluation.folder)
@@ -63,7 +63,7 @@ def _made_from(evaluation: StudyEvaluation, config: EvaluateConfig) -> dict[str,
         "cells": fingerprint(cells),
         "runs": fingerprint(states),
         "suite": fingerprint(asdict(config.suite)),
-        "code": fingerprint(code),
+        "code": code_fingerprint(),
         "timing": str(config.timing),
     }
 
@@ -71,7 +71,7 @@ def _made_from(evaluation: StudyEvaluation, config: EvaluateConfig) -> dict[str,
 def is_current(evaluation: StudyEvaluation, config: EvaluateConfig) -> bool:
     """Return whether tables and report were made from just these cells, settings and code."""
     stamp = evaluation.folder / STAMP
-    if not stamp.exists() or not (evaluation.folder / "REPORT.md").exists():
+    if not all((evaluation.folder / name).exists() for name in (STAMP, "REPORT.md", "report.html")):
         return False
     try:
         recorded = json.loads(stamp.read_bytes())

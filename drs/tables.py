@@ -1,6 +1,5 @@
 """Per-sample arrays of a study -> its tables. A reduction keeps the number of samples beside its result."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,34 +11,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from drs.attack_config import AttackConfig
 from drs.cells import Cell, by_run, read_cells
-from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
+from drs.config import TrainConfig, procedure_name
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
-from drs.landing import class_means, landing_row, mean_matrices
-from drs.model_rows import read_model
+from drs.landing import mean_matrices
+from drs.model_rows import describe
+from drs.reduction import reduce_run
 from drs.run_failures import RunFailure
 from drs.runs import RunFolder, iterate_runs
-from drs.sample_correlation import sample_correlation_rows
-from drs.sanity import failed_checks, sanity_rows
-from drs.suite_config import SuiteConfig, suite_epsilons
+from drs.sanity import failed_checks
+from drs.suite_config import SuiteConfig
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
-
-MINIMAL_NORM = ("cw", "fmn_linf", "fmn_l2")
-"""Attacks whose perturbation sizes are read as minimal norms, sample by sample."""
-
-
-def describe(run_id: str, config: TrainConfig) -> dict[str, Any]:
-    """Return the columns that name a model in every table."""
-    return {
-        "run_id": run_id,
-        "data": config.data.name,
-        "model": config.model.name,
-        "loss": loss_label(config),
-        "loss_weight": loss_weight(config.loss),
-        "seed": config.seed,
-    }
 
 
 def build_tables(
@@ -68,38 +51,26 @@ def build_tables(
     groups = sorted(by_run(cells), key=lambda item: _group(describe(item[0].run_id, item[1][0].train)))
     for position, (run, planned) in enumerate(groups):
         config = planned[0].train
-        arrays = read_cells(run, planned)
-        abouts |= {path: json.loads(str(found["about"])) for path, found in arrays.items()}
+        reduced = reduce_run(run, planned, suite)
+        abouts |= {cell.path: reduced.abouts[cell.path.name] for cell in planned}
         named = describe(run.run_id, config)
-        clean = arrays[planned[0].path]
-        softmax = class_means(clean)
-        reading = read_model(named, planned, arrays, suite)
-        judged = sanity_rows(planned, arrays)
-        state = {"excluded": reading.row["excluded"]}
-        failed = {"failed_checks": failed_checks(judged)}
+        state = {"excluded": reduced.row["excluded"]}
+        failed = {"failed_checks": failed_checks(reduced.sanity)}
         procedure = {"procedure": procedure_name(config)}
         train_seconds = {"train_seconds": run.status().get("train_seconds", math.nan)}
-        models.append({**reading.row, **train_seconds, **procedure, **failed, **state})
-        accuracy += [{**named, **item, **state} for item in reading.accuracy]
-        worst += [{**named, **procedure, **item, **state, **failed} for item in reading.worst]
-        sanity += [{**named, **item, **state} for item in judged]
-        parts.append(_nonlabel_sorted(clean))
+        models.append({**reduced.row, **train_seconds, **procedure, **failed, **state})
+        accuracy += [{**named, **item, **state} for item in reduced.accuracy]
+        worst += [{**named, **procedure, **item, **state, **failed} for item in reduced.worst]
+        sanity += [{**named, **item, **state} for item in reduced.sanity]
+        landing += [{**named, **item, **state} for item in reduced.landing]
+        samples += [{**named, **item, **state} for item in reduced.samples]
+        for attack, label, pair in reduced.matrices:
+            matrices[(*_group(named), attack, label)].append(np.array(pair, dtype=float))
+        parts.append(_nonlabel_sorted(read_cells(run, planned[:1])[planned[0].path]))
         following = groups[position + 1][1][0] if position + 1 < len(groups) else None
         if following is None or _group(describe("", following.train)) != _group(named):
             profiles += _profile_rows(_group(named), parts)
             parts = []
-        for cell in planned[1:]:
-            if not isinstance(cell.config, AttackConfig):
-                continue
-            found = arrays[cell.path]
-            item, pair = landing_row(clean, found, softmax)
-            label = cell.epsilon.label
-            landing.append({**named, "attack": cell.attack, "epsilon_label": label, **item, **state})
-            if not state["excluded"] and _has_matrices(cell, suite):
-                matrices[(*_group(named), cell.attack, label)].append(pair)
-            if cell.attack in MINIMAL_NORM:
-                rows = sample_correlation_rows(clean, found)
-                samples += [{**named, "attack": cell.attack, **row, **state} for row in rows]
         training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
     missing = pd.DataFrame(_missing_models(study, failures), columns=[*_NAMES, "reason", "epoch"])
     tables = {
@@ -133,14 +104,6 @@ SAMPLE_COLUMNS = [*_NAMES, "attack", "statistic", "n", "n_not_found", "coefficie
 
 def _group(named: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(named[key] for key in ("data", "model", "loss", "loss_weight"))
-
-
-def _has_matrices(cell: Cell, suite: SuiteConfig) -> bool:
-    """Whole matrices are kept for one attack, PGD at the middle epsilon: many flips, and not yet all."""
-    if not isinstance(cell.config, AttackConfig) or cell.config.kind != "pgd":
-        return False
-    bounds = suite_epsilons(suite, cell.train.data.name, cell.config.norm)
-    return cell.epsilon == bounds[len(bounds) // 2]
 
 
 def _one_weight(matrices: dict[tuple[Any, ...], list[np.ndarray]]) -> dict[tuple[Any, ...], list[np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Attack every finished run of a study, then write its tables, figures and REPORT.md.
+"""Attack every finished run of a study, then write its tables, figures, REPORT.md and report.html.
 
 python scripts/evaluate.py study=NAME suite=paper
 python scripts/evaluate.py experiment=smoke
@@ -23,6 +23,7 @@ def main(config: DictConfig) -> None:
     typed = evaluate_config(config)
     # Imported late: torch is not needed to refuse a config.
     from drs.evaluation import evaluate_study
+    from drs.html_report import write_html
     from drs.report import draw_figures, write_report
     from drs.run_failures import end_with_failures
     from drs.study import is_current, mark_current, only_writer, write_study
@@ -35,12 +36,13 @@ def main(config: DictConfig) -> None:
                 evaluation = write_study(evaluation, typed)
                 figures = draw_figures(evaluation.folder)
                 write_report(evaluation.folder)
+                write_html(evaluation.folder)
                 mark_current(evaluation, typed)
                 print(f"{len(figures)} figure files in {evaluation.folder / 'figures'}", flush=True)
     elif evaluation.cells:
         print("nothing has changed", flush=True)
     if evaluation.cells:
-        print(f"the report is {evaluation.folder / 'REPORT.md'}", flush=True)
+        print(f"the report is {evaluation.folder / 'REPORT.md'}, for a browser report.html beside it", flush=True)
         log_evaluation(typed.tracking, evaluation.folder)
     end_with_failures(evaluation.failures)
 

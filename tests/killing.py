@@ -151,6 +151,8 @@ def check_readable(results: Path) -> None:
             assert content.startswith(b"%PDF") and content.rstrip().endswith(b"%%EOF"), path
         elif path.name == "REPORT.md":
             assert "## Provenance" in path.read_text(), path
+        elif path.name == "report.html":
+            assert path.read_text().endswith("</html>\n"), path
         else:
             raise AssertionError(f"a file that nobody knows: {path}")
 
@@ -188,7 +190,7 @@ def content_of(results: Path) -> dict[str, Any]:
         elif path.suffix == ".csv":
             table = pd.read_csv(path)
             content[name] = table.drop(columns=[column for column in table if column in TIMES]).to_csv()
-        elif path.suffix in (".png", ".pdf"):
+        elif path.suffix in (".png", ".pdf", ".html"):
             content[name] = None
         elif path.name == "status.json":
             status = json.loads(path.read_text())

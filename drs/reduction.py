@@ -1,0 +1,125 @@
+"""One run's cells -> its rows of a study's tables, kept beside the cells, so that thousands are not read every time.
+
+What is kept is used only while the run's cells, its weights, the suite and this package's code are what it was made
+from. A cell's size and time stand for its content; its digest is checked whenever it is read.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drs.attack_config import AttackConfig
+from drs.cells import Cell, read_cells, recorded_weights
+from drs.config import fingerprint
+from drs.files import atomic_write, sha256_of
+from drs.landing import class_means, landing_row
+from drs.model_rows import describe, read_model
+from drs.runs import RunFolder
+from drs.sample_correlation import sample_correlation_rows
+from drs.sanity import sanity_rows
+from drs.suite_config import SuiteConfig, suite_epsilons
+
+MINIMAL_NORM = ("cw", "fmn_linf", "fmn_l2")
+"""Attacks whose perturbation sizes are read as minimal norms, sample by sample."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What one run adds to a study's tables.
+
+    Attributes:
+        row: Of models.csv, without what comes from its training.
+        accuracy: Of accuracy.csv.
+        worst: Of worst_case.csv.
+        sanity: Of sanity.csv.
+        landing: Of landing.csv.
+        samples: Of sample_correlations.csv.
+        matrices: Attack, epsilon label and the pair ``[2, K, K]`` of ``drs.landing.landing_row``, as lists.
+        abouts: What each cell says about itself, by the name of its file.
+    """
+
+    row: dict[str, Any]
+    accuracy: list[dict[str, Any]]
+    worst: list[dict[str, Any]]
+    sanity: list[dict[str, Any]]
+    landing: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    matrices: list[tuple[str, str, Any]]
+    abouts: dict[str, dict[str, Any]]
+
+
+def reduce_run(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> Reduction:
+    """Return what a run adds to the tables, from its cells; what was kept of it if that is of just these.
+
+    Raises:
+        DamagedFileError: If the file of a cell is not what was written.
+    """
+    kept = run.path / "eval" / f".reduction-{suite.name}.json"
+    key = _key(run, planned, suite)
+    try:
+        recorded = json.loads(kept.read_bytes())
+        if recorded["key"] == key:
+            return Reduction(**recorded["content"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: then it is made anew
+        pass
+    # The way through JSON is taken in any case, so that what is kept and what is new cannot differ.
+    content = json.dumps({"key": key, "content": asdict(_reduce(run, planned, suite))}, default=_plain)
+    with atomic_write(kept) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    return Reduction(**json.loads(content)["content"])
+
+
+def _key(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> str:
+    files = [(cell.path.name, cell.path.stat().st_size, cell.path.stat().st_mtime_ns) for cell in planned]
+    return fingerprint([files, recorded_weights(run), asdict(suite), code_fingerprint()], 24)
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Return a digest of this package's code."""
+    package = Path(__file__).parent
+    return fingerprint({str(path.relative_to(package)): sha256_of(path) for path in package.rglob("*.py")}, 24)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} in a reduction")
+
+
+def _reduce(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> Reduction:
+    arrays = read_cells(run, planned)
+    clean = arrays[planned[0].path]
+    softmax = class_means(clean)
+    reading = read_model(describe(run.run_id, planned[0].train), planned, arrays, suite)
+    landing: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    matrices: list[tuple[str, str, Any]] = []
+    for cell in planned[1:]:
+        if not isinstance(cell.config, AttackConfig):
+            continue
+        found = arrays[cell.path]
+        item, pair = landing_row(clean, found, softmax)
+        label = cell.epsilon.label
+        landing.append({"attack": cell.attack, "epsilon_label": label, **item})
+        if not reading.row["excluded"] and _has_matrices(cell, suite):
+            matrices.append((cell.attack, label, pair))
+        if cell.attack in MINIMAL_NORM:
+            samples += [{"attack": cell.attack, **row} for row in sample_correlation_rows(clean, found)]
+    abouts = {path.name: json.loads(str(found["about"])) for path, found in arrays.items()}
+    judged = sanity_rows(planned, arrays)
+    return Reduction(reading.row, reading.accuracy, reading.worst, judged, landing, samples, matrices, abouts)
+
+
+def _has_matrices(cell: Cell, suite: SuiteConfig) -> bool:
+    """Whole matrices are kept for one attack, PGD at the middle epsilon: many flips, and not yet all."""
+    if not isinstance(cell.config, AttackConfig) or cell.config.kind != "pgd":
+        return False
+    bounds = suite_epsilons(suite, cell.train.data.name, cell.config.norm)
+    return cell.epsilon == bounds[len(bounds) // 2]
