@@ -194,8 +194,8 @@ def _caller(workers: int, per_run: int, progress: Progress) -> Iterator[Call]:
     """Yield what calls ``evaluate_run``: in worker processes, or here if there is to be one at a time."""
 
     def in_turn(tasks: list[tuple[Any, ...]]) -> Iterator[Outcome]:
-        for task in tasks:
-            yield evaluate_run(*task, progress, per_run)
+        for run, cells, device, whole in tasks:
+            yield evaluate_run(run, cells, device, whole, progress, per_run)
 
     with worker_pool(workers) if workers > 1 else nullcontext() as pool:
         yield in_turn if pool is None else lambda tasks: as_they_come(pool, evaluate_run, tasks)
