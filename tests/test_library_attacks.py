@@ -7,8 +7,11 @@ import foolbox
 import numpy as np
 import pytest
 import torch
+import torchattacks
+from scipy.optimize import linprog
 from test_attacks import linear_problem, minimal_norms, standing
 from torch import nn
+from torchattacks.attacks import fab
 
 from drs.attack_config import (
     APGDConfig,
@@ -22,6 +25,7 @@ from drs.attack_config import (
     TargetedFABConfig,
 )
 from drs.attacks import build_attack, run_attack
+from drs.attacks.autoattack import shortest_move_onto_plane
 from drs.attacks.minimal_norm import settle
 from drs.data import LabelledImages
 from drs.errors import UserError
@@ -279,3 +283,42 @@ def test_settle_pushes_over_the_boundary_and_gives_up_what_was_not_found() -> No
     assert 0.4999 < float(result[0].detach().min()) < 0.5
     assert torch.equal(result[1], moved[1])
     assert torch.equal(result[2], images[2])
+
+
+def test_shortest_move_onto_a_plane_is_the_linear_programmes_and_the_librarys() -> None:
+    """The oracle minimises t subject to <w, x + d> = b, |d_i| <= t and 0 <= x + d <= 1."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(40, 12, generator=generator, dtype=torch.float64)
+    points[:10] = points[:10].round()  # corners, as many pixels of MNIST are
+    normals = torch.randn(40, 12, generator=generator, dtype=torch.float64)
+    normals[::3, :4] = 0
+    offsets = (normals * torch.rand(40, 12, generator=generator, dtype=torch.float64)).sum(dim=1)
+    moves = shortest_move_onto_plane(points, normals, offsets)
+    for point, normal, offset, move in zip(points, normals, offsets, moves, strict=True):
+        ones = np.ones((12, 1))
+        found = linprog(
+            np.r_[np.zeros(12), 1],
+            A_ub=np.block([[np.eye(12), -ones], [-np.eye(12), -ones]]), b_ub=np.zeros(24),
+            A_eq=np.r_[normal.numpy(), 0][None], b_eq=[float(offset - normal @ point)],
+            bounds=[*((-float(value), 1 - float(value)) for value in point), (0, None)],
+        )  # fmt: skip
+        assert found.success
+        assert float(move.abs().max()) == pytest.approx(found.fun, abs=1e-9)
+        assert float(normal @ (point + move)) == pytest.approx(float(offset), abs=1e-9)
+        assert bool(((point + move >= -1e-12) & (point + move <= 1 + 1e-12)).all())
+    # Planes that miss the cube: both go to the corner.
+    offsets[::4] += 100
+    ours = shortest_move_onto_plane(points, normals, offsets)
+    theirs = fab.projection_linf(points.float(), normals.float(), offsets.float())
+    torch.testing.assert_close(ours.float(), theirs, atol=1e-5, rtol=1e-4)
+    assert bool((shortest_move_onto_plane(points, torch.zeros_like(normals), offsets) == 0).all())
+
+
+def test_fab_is_the_librarys_own(digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels(torch.arange(60)), digits[2].labels[:60]
+    attack = build_attack(TargetedFABConfig("fab_t", "linf", steps=20))
+    found = run_attack(attack, digits_model, images, labels, epsilon=0.1)
+    library = torchattacks.FAB(digits_model, norm="Linf", eps=0.1, steps=20, multi_targeted=True, n_classes=10)
+    theirs = digits_model(library(images, labels)).argmax(dim=1) == labels
+    assert torch.equal(found.logits.argmax(dim=1) == labels, theirs)
+    assert 0.05 < float(theirs.float().mean()) < 0.95

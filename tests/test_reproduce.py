@@ -114,8 +114,10 @@ def test_a_failing_step_ends_the_program_with_its_status(capfd: pytest.CaptureFi
 
 
 # A step that ends half a second after it was interrupted, as one that has workers to end.
+# Both take interrupts even where the tests run in the background, which ignores them.
 SLOW_STEP = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     print("started", flush=True)
     time.sleep(60)
@@ -125,8 +127,9 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
 CALLER = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 import reproduce
 reproduce.SCRIPTS = Path(sys.argv[2])

@@ -5,11 +5,14 @@ attacks reseed torch's global generator, which ``drs.attacks.contract.isolated``
 classes as an argument, which is the model's own here. They get contiguous images, because FAB reshapes with ``view``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torchattacks
 from torch import Tensor, nn
+from torchattacks.attacks import fab
 
 from drs.attacks.gradient_sign import call_torchattacks
 from drs.errors import UserError
@@ -86,8 +89,57 @@ class TargetedAutoPGD(AutoPGD):
         return torchattacks.APGDT(model, norm=_NORMS[self.norm], eps=epsilon, n_classes=classes, **self.options)
 
 
+def shortest_move_onto_plane(points: Tensor, normals: Tensor, offsets: Tensor) -> Tensor:
+    """Return the moves of smallest Linf norm that bring points of [0,1]^n onto hyperplanes without leaving [0,1]^n.
+
+    The move of length t changes ``<w, x>`` by ``sum_i |w_i| min(t, r_i)`` with r_i the room that coordinate i has left,
+    which is concave and piecewise linear in t: Newton's method from t = 0 meets the offset after a few steps, never
+    beyond it (arXiv 1907.02044, section 3.1, sorts the r_i instead).
+
+    Args:
+        points: x, ``[B, n]`` in [0,1].
+        normals: w, ``[B, n]``.
+        offsets: b, ``[B]``.
+
+    Returns:
+        ``[B, n]``; where the plane does not meet the cube, the move to the corner nearest to it.
+    """
+    excess = (normals * points).sum(dim=1) - offsets
+    upwards = (normals < 0) == (excess >= 0).unsqueeze(1)
+    room = torch.where(upwards, 1 - points, points) * (normals != 0)
+    weights = normals.abs()
+    needed = excess.abs()
+    length = torch.zeros_like(needed)
+    before = torch.zeros_like(room, dtype=torch.bool)
+    while True:
+        free = room > length.unsqueeze(1)
+        if torch.equal(free, before):
+            break
+        before = free
+        filled = (weights * room).masked_fill(free, 0.0).sum(dim=1)
+        slope = weights.masked_fill(~free, 0.0).sum(dim=1)
+        reached = (needed - filled) / slope.clamp_min(torch.finfo(slope.dtype).tiny)
+        # Rounding must not let the length shrink, or the loop need not end.
+        length = torch.where(slope > 0, torch.maximum(reached, length), torch.full_like(length, 1.0))
+    move = torch.minimum(room, length.unsqueeze(1))
+    return torch.where(upwards, move, -move)
+
+
+@contextmanager
+def _without_sorting() -> Iterator[None]:
+    """Let torchattacks' FAB project by ``shortest_move_onto_plane``: sorting takes most of a small model's time."""
+    before = fab.projection_linf
+    fab.projection_linf = shortest_move_onto_plane
+    try:
+        yield
+    finally:
+        fab.projection_linf = before
+
+
 class TargetedFAB(_LibraryAttack):
     """The fast adaptive boundary attack (Croce and Hein 2020, arXiv 1907.02044), each other class in turn.
+
+    In Linf the library's projection is replaced by a faster one with the same result.
 
     Args:
         norm: ``linf`` or ``l2``.
@@ -101,6 +153,11 @@ class TargetedFAB(_LibraryAttack):
     def __init__(self, norm: str, steps: int, restarts: int, seed: int) -> None:
         self.norm = norm
         self.options = {"steps": steps, "n_restarts": restarts, "seed": seed}
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        """See ``drs.attacks.contract.Attack``."""
+        with _without_sorting() if self.norm == "linf" else nullcontext():
+            return super().perturb(model, images, labels, epsilon)
 
     def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
         return torchattacks.FAB(
