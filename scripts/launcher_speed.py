@@ -1,6 +1,6 @@
 """Measure how much faster a sweep of 12 small runs is with two joblib workers than one after the other.
 
-python scripts/launcher_speed.py                   # digits, a perceptron, 300 epochs each
+python scripts/launcher_speed.py                   # digits, a perceptron, 200 epochs each
 python scripts/launcher_speed.py --runs lenet      # MNIST, LeNet-5, one epoch of 20 000 images each
 
 Each sweep is the whole command, imports included, with the threads that it takes by itself, in a folder of its own. The
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = "seed=" + ",".join(map(str, range(12)))
 RUNS = {
-    "mlp": ["data=digits", "model=mlp", "epochs=300", "batch_size=64"],
+    "mlp": ["data=digits", "model=mlp", "epochs=200", "batch_size=64"],
     "lenet": ["data=mnist", "model=lenet", "epochs=1", "data.train_samples=20000"],
 }
 LAUNCHERS = {"serial": [], "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]}
