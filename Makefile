@@ -44,7 +44,7 @@ merge: setup  ## merge a node's results into results/ (ARCHIVE=results-STUDY-HOS
 test: lint  ## lint, then run the tests (WORKERS=4 runs four at a time)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
 
-test-slow: setup  ## the long forms of some tests, 50 kills of a sweep among them: a quarter of an hour
+test-slow: setup  ## the long forms of some tests, 50 kills of a sweep among them (long)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) -m slow
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -s tests/test_kills.py --kills 50
 

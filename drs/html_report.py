@@ -21,7 +21,7 @@ from drs.report_text import effect_text
 
 OVERALL = "all"
 _IMAGE = re.compile(r'<img src="(figures/[^"]+\.png)"')
-_HEADING = re.compile(r"<h([23])>(.*?)</h\1>", re.DOTALL)
+_HEADING = re.compile(r"<h2>(.*?)</h2>", re.DOTALL)
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --paper: #fff; --shade: #f6f8fa; --link: #0b5cad; }
@@ -122,12 +122,8 @@ def html_page(report: str, claims: pd.DataFrame, study_dir: Path) -> str:
     entries: list[tuple[str, str]] = []
 
     def anchor(match: re.Match[str]) -> str:
-        level, text = match.groups()
-        name = f"section-{len(entries) + 1}" if level == "2" else None
-        if name is None:
-            return match.group(0)
-        entries.append((name, text))
-        return f'<h2 id="{name}">{text}</h2>'
+        entries.append((f"section-{len(entries) + 1}", match.group(1)))
+        return f'<h2 id="{entries[-1][0]}">{match.group(1)}</h2>'
 
     body = _HEADING.sub(anchor, body)
     body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")

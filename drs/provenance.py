@@ -94,7 +94,8 @@ def _commit() -> dict[str, Any]:
     bundle = PROJECT_ROOT / ".bundle.json"
     if bundle.exists():  # unpacked from a bundle, which holds a commit as it is; a repository around it is another's
         return {"commit": json.loads(bundle.read_text())["commit"], "dirty": False}
-    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    # Results that were written anew since are no change of the code.
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results"))
     return {"commit": _git("rev-parse", "HEAD"), "dirty": dirty}
 
 

@@ -25,7 +25,7 @@ from drs.allocator import keep_freed_memory
 from drs.benchmarks.attacks import attack_rows
 from drs.benchmarks.harness import Machine, Row, measure_machine, torch_threads
 from drs.benchmarks.losses import loss_rows, step_rows
-from drs.benchmarks.report import read_rows, write_rows
+from drs.benchmarks.report import read_provenance, read_rows, write_rows
 from drs.benchmarks.startup import peak_memory_rows, startup_rows
 from drs.benchmarks.training import training_rows
 from drs.config import PROJECT_ROOT, TrainConfig, train_config
@@ -122,7 +122,8 @@ def main() -> int:
     rows = [row for row in read_rows(folder) if row.section not in chosen]
     print("measuring the machine", flush=True)
     machine = measure_machine()
-    provenance = {**describe_machine(torch.device("cpu")), "machine": asdict(machine)}
+    here = {**describe_machine(torch.device("cpu")), "machine": asdict(machine)}
+    provenance = {**read_provenance(folder), **dict.fromkeys(chosen, here)}
     began = time.perf_counter()
     for section in chosen:
         for row in SECTIONS[section](machine):

@@ -13,14 +13,15 @@ from torch import nn
 from drs.benchmarks.attacks import attack_rows
 from drs.benchmarks.harness import Machine, Row, peak_tensor_bytes, ratio_of_medians, time_in_turn
 from drs.benchmarks.losses import loss_rows
-from drs.benchmarks.report import read_rows, report_text, write_rows
+from drs.benchmarks.report import read_provenance, read_rows, report_text, write_rows
 from drs.config import PROJECT_ROOT
 from drs.data import LabelledImages
 from drs.errors import UserError
 from drs.provenance import describe_machine
 
 ROW = Row("loss", "a | b", "ours", "theirs", "ms", 2.0, 1.0, 2.0, 1.9, 2.1, 5, "<= 2", "cpu", 1, "a floor", "a note")
-PROVENANCE = {**describe_machine(torch.device("cpu")), "machine": {"gigaflops": 17.0, "gigabytes": 9.0}}
+HERE = {**describe_machine(torch.device("cpu")), "machine": {"gigaflops": 17.0, "gigabytes": 9.0}}
+PROVENANCE = {"loss": {**HERE, "commit": "a" * 40, "dirty": False}, "gpu": {**HERE, "commit": "b" * 40, "dirty": True}}
 
 
 def test_ratio_of_medians_and_its_interval() -> None:
@@ -72,6 +73,12 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
     assert r"| a \| b | ours | theirs | ms | 2.00 | 1.00 | 2.00 (1.90 to 2.10) | &lt;= 2 | met | 5 | cpu |" in text
     assert "not measured" in text and "- a \\| b, ours: floor: a floor." in text
     assert "Targets: 1 met, 1 not measured." in report_text([ROW, unmeasured], PROVENANCE)
+    # Each section says where it was measured itself: they need not be of one day or commit.
+    assert text.index(f"commit `{'a' * 12}`: ") < text.index(f"commit `{'b' * 12}` with changes: ")
+    assert read_provenance(tmp_path) == PROVENANCE
+    (tmp_path / "provenance.json").write_text("[1")
+    with pytest.raises(UserError, match=r"provenance\.json is not JSON .* delete it and .*bench\.csv"):
+        read_provenance(tmp_path)
     (tmp_path / "bench.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"bench\.csv: has not the columns section, case"):
         read_rows(tmp_path)

@@ -47,8 +47,26 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return where and when each section was measured, by its name; nothing where there is no such file.
+
+    Raises:
+        UserError: If the file is not a JSON object.
+    """
+    path = folder / "provenance.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it and {folder / 'bench.csv'}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object; delete it and {folder / 'bench.csv'}")
+    return content
+
+
 def write_rows(folder: Path, rows: Sequence[Row], provenance: dict[str, Any]) -> None:
-    """Write ``bench.csv``, ``provenance.json`` and ``REPORT.md``, each whole or not at all."""
+    """Write ``bench.csv``, ``provenance.json`` (by section) and ``REPORT.md``, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame([{**asdict(row), "verdict": row.verdict} for row in rows], columns=[*COLUMNS, "verdict"])
     with atomic_write(folder / "bench.csv") as temporary:
@@ -60,18 +78,10 @@ def write_rows(folder: Path, rows: Sequence[Row], provenance: dict[str, Any]) ->
 
 
 def report_text(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
-    """Return the report: per section a table of ratios, then floors and notes."""
-    hardware, versions = provenance["hardware"], provenance["versions"]
-    machine = provenance["machine"]
+    """Return the report: per section where it was measured, a table of ratios, then floors and notes."""
     counts = pd.Series([row.verdict for row in rows if row.target]).value_counts()
     lines = [
         "# Benchmarks",
-        "",
-        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, GPU: {hardware['gpu']}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; commit {provenance['commit'][:12]}{' with changes' if provenance['dirty'] else ''}.",
-        f"The machine's rates, measured: {machine['gigaflops']:.3g} GFLOP/s multiplying float32 matrices, "
-        f"{machine['gigabytes']:.3g} GB/s copying.",
         "",
         "A ratio is one of medians over repeats that are run in turn; in brackets its 95 % bootstrap interval over the "
         "repeats. Made by `make bench`; `make bench ONLY=loss` makes one section anew and keeps the others.",
@@ -81,8 +91,23 @@ def report_text(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
     for section, title in TITLES.items():
         chosen = [row for row in rows if row.section == section]
         if chosen:
-            lines += ["", f"## {title}", "", _table(chosen), *_notes(chosen)]
+            lines += ["", f"## {title}", "", _measured_on(provenance.get(section)), "", _table(chosen)]
+            lines += _notes(chosen)
     return "\n".join(lines) + "\n"
+
+
+def _measured_on(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return "It is not recorded where this was measured."
+    hardware, machine = content["hardware"], content["machine"]
+    return (
+        f"Measured on {content['created'][:10]} at commit `{content['commit'][:12]}`"
+        f"{' with changes' if content['dirty'] else ''}: {hardware['cpu']}, {hardware['cores']} cores, "
+        f"{hardware['memory_gib']} GiB, GPU: {hardware['gpu']}; {machine['gigaflops']:.3g} GFLOP/s multiplying float32 "
+        f"matrices, {machine['gigabytes']:.3g} GB/s copying; "
+        + ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+        + "."
+    )
 
 
 def _table(rows: Sequence[Row]) -> str:
