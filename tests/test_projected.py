@@ -160,6 +160,16 @@ def test_results_repeat_and_leave_the_generators_alone(digits_model: nn.Module, 
     assert torch.equal(first.logits, second.logits)
 
 
+def test_first_restart_starts_at_the_clean_image_unless_it_is_to_start_at_random() -> None:
+    model, images, labels = linear_problem(classes=3)
+    found = {}
+    for at_random in (False, True):
+        config = ProjectedConfig("projected", "linf", objectives=["margin"], steps=2, random_start=at_random)
+        outcomes = [run_attack(build_attack(config), model, images, labels, epsilon=0.01, seed=seed) for seed in (0, 1)]
+        found[at_random] = torch.equal(outcomes[0].logits, outcomes[1].logits)
+    assert found == {False: True, True: False}
+
+
 def test_every_loss_names_objectives_that_exist() -> None:
     for name, loss in LOSSES.items():
         assert loss.adaptive_objectives and set(loss.adaptive_objectives) <= set(FAMILIES), name

@@ -12,9 +12,10 @@ from hydra import compose, initialize_config_dir
 
 from drs.array_files import load_arrays_file
 from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
+from drs.attacks import build_attack, run_attack
 from drs.cells import Cell, find_twin, plan_cells, standing_at
 from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config
-from drs.filling import fill_cell
+from drs.filling import fill_cell, load_test
 from drs.model_rows import read_model, worst_case
 from drs.runs import RunFolder, run_folder
 from drs.sanity import failed_checks, sanity_rows
@@ -208,6 +209,13 @@ def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFol
         assert np.array_equal(found[cell.path]["attacked"], earlier)
         after = standing_at(found[cell.path], 0.1)
         assert not (after & ~earlier).any(), "nothing that has fallen stands up again"
+        if isinstance(cell.config, ProjectedConfig):
+            # What it says of a sample is what the attack makes of that sample, and not of another.
+            data, _ = load_test(cell.train.data, 40, torch.device("cpu"))
+            chosen = torch.from_numpy(np.flatnonzero(earlier))
+            attack = build_attack(cell.config, adaptive_objectives=cell.objectives)
+            alone = run_attack(attack, model, data.pixels(chosen), data.labels[chosen], epsilon=0.1)
+            np.testing.assert_allclose(found[cell.path]["logits"][earlier], alone.logits, atol=1e-5)
     reading = read_model({"run_id": own.run_id}, cells, found, short)
     bounded = [cell for cell in cells if cell.is_attack and cell.epsilon.value == 0.1]
     least = np.logical_and.reduce([standing_at(found[cell.path], 0.1) for cell in bounded])

@@ -119,8 +119,8 @@ def shortest_move_onto_plane(points: Tensor, normals: Tensor, offsets: Tensor) -
         filled = (weights * room).masked_fill(free, 0.0).sum(dim=1)
         slope = weights.masked_fill(~free, 0.0).sum(dim=1)
         reached = (needed - filled) / slope.clamp_min(torch.finfo(slope.dtype).tiny)
-        # Rounding must not let the length shrink, or the loop need not end.
-        length = torch.where(slope > 0, torch.maximum(reached, length), torch.full_like(length, 1.0))
+        # Rounding must not let the length shrink, or the loop need not end. Once no coordinate is free, it stays.
+        length = torch.where(slope > 0, torch.maximum(reached, length), length)
     move = torch.minimum(room, length.unsqueeze(1))
     return torch.where(upwards, move, -move)
 
