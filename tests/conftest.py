@@ -27,6 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seed", type=int, default=0, help="of the moments at which it does")
 
 
+def pytest_configure() -> None:
+    """Give torch one thread, as ``make test`` does, here and in the programs under test.
+
+    Two test processes with all cores each are several times slower, and mathematics libraries that choose their number
+    of threads by the load do not repeat to the last bit.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
 @functools.cache
 def composer(*environment: str | None) -> Composer:
     """Return what keeps compositions, which Hydra takes long for; one for each state of the variables in them."""

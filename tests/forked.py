@@ -5,10 +5,12 @@ what is imported when, is not for it.
 """
 
 import ctypes
+import multiprocessing.util
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -106,6 +108,7 @@ def start(
     code = 70
     try:
         os.setsid()
+        multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]  # those of the tests' process
         # A test that fails, or that someone ends, leaves no training behind that would take hours.
         ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
         for number, file in ((1, process.out), (2, process.err)):
@@ -124,9 +127,19 @@ def start(
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _finish()
         os._exit(code)
+
+
+def _finish() -> None:
+    """Do what an interpreter does at its end, which ``os._exit`` skips: a pool gives its semaphores back then."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        multiprocessing.util._exit_function()
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def run(script: str | Path, *arguments: str, out: Path, seconds: float = 300, **more: object) -> Ended:
