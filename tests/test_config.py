@@ -149,7 +149,7 @@ def test_laptop_study_has_the_promised_models() -> None:
     comparators = {"label_smoothing", "gce", "cot", "logit_squeezing", "confidence_penalty"}
     procedures = {"adversarial", "trades", "adversarial+dr_softmax"}
     assert {loss_label(config) for config in every} == {"ce", "dr_softmax"} | comparators | procedures
-    assert all(config.data.train_samples is None for config in configs if procedure_name(config) == "standard")
+    assert all(config.data.train_samples is None for config in every if procedure_name(config) == "standard")
     assert len([config for config in configs if config.data.name == "cifar10"]) >= 6
     assert len({run_id(config) for config in configs}) == len(configs)
 
