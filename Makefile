@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures bench bundle merge
+.PHONY: help setup data smoke reproduce status figures publish bench bundle merge
 .PHONY: test test-slow test-bundle test-slurm test-scale lint clean lock
 
 help:  # lists the targets
@@ -29,6 +29,9 @@ status: setup  ## show the state of a study at any time (STUDY=NAME, and EXPERIM
 
 figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
 	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")
+
+publish: setup  ## put a finished study into results/reference, and its tables into README.md (STUDY=NAME)
+	@$(PY) scripts/publish.py "$(STUDY)"
 
 bench: setup  ## measure speed and memory beside other libraries; results/bench (ONLY=loss makes one section)
 	@$(PY) scripts/bench.py $(if $(ONLY),--only "$(ONLY)")

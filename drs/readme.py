@@ -15,21 +15,40 @@ from drs.report_text import effect_text
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 OVERALL = "all"
+PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
+"""Whether the paper says so (arXiv 2303.12363, abstract and conclusion)."""
+EVIDENCE = {
+    "C1": ("Correlations", "Partial correlations", "Granulated coefficients"),
+    "C2": ("Differences to cross-entropy", "Robust accuracy"),
+    "C3": ("Training and its time",),
+    "C4": ("Correlations",),
+    "C5": ("How much of the gain is masking", "Sanity checks"),
+}
+"""Sections of the report that each claim rests on."""
 
 
 def claims_block(study_dir: Path) -> str:
-    """Return the claims table of a study: each claim over all groups, and its verdict and effect in each."""
+    """Return the claims table of a study: each claim in the paper and here, over all groups and in each, and where to
+    look."""
     claims = read_tables(study_dir)["claims"]
     groups = claims.loc[claims["data"] != OVERALL, ["data", "model"]].drop_duplicates().to_numpy().tolist()
     rows = []
     for _, overall in claims[claims["data"] == OVERALL].iterrows():
-        cells = [f"{overall['claim']}. {escape(overall['statement'])}", f"**{overall['verdict']}**"]
+        name = str(overall["claim"])
+        cells = [f"{name}. {escape(overall['statement'])}", PAPER[name], f"**{overall['verdict']}**"]
         for data, model in groups:
             mine = (claims["claim"] == overall["claim"]) & (claims["data"] == data) & (claims["model"] == model)
             row = claims[mine].iloc[0]
             cells.append(f"{row['verdict']}; {effect_text(row)}, n = {int(row['n'])}")
-        rows.append(cells)
-    return table(["claim", "verdict", *(group_name(data, model) for data, model in groups)], rows, align="l")
+        rows.append([*cells, ", ".join(_section_link(study_dir, title) for title in EVIDENCE[name])])
+    heads = ["claim", "paper", "here", *(group_name(data, model) for data, model in groups), "evidence"]
+    return table(heads, rows, align="l")
+
+
+def _section_link(study_dir: Path, title: str) -> str:
+    """Link to a section of the study's report, from the folder that holds README.md."""
+    anchor = title.lower().replace(" ", "-")
+    return f"[{title[0].lower()}{title[1:]}](results/reference/{study_dir.name}/REPORT.md#{anchor})"
 
 
 def hardware_block(study_dir: Path) -> str:

@@ -173,7 +173,7 @@ def write_report(study_dir: str | Path) -> Path:
     name = provenance.get("study") or study_dir.resolve().name
     plan = plan_figures(tables)
     sections: list[tuple[str, str, tuple[str, ...]]] = [
-        ("Claims", report_text.claims_section(tables["claims"]), ()),
+        ("Claims", report_text.claims_section(tables["claims"]), ("summary",)),
         ("How the verdicts are decided", RULES.strip(), ()),
         ("Models", report_tables.models_section(tables["models"]), ()),
         ("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"]), ()),

@@ -36,7 +36,8 @@ count=$(grep -c '==' requirements.lock)
 echo "setup: installing $count packages into .venv (Python $version); this takes a few minutes the first time"
 rm -f "$stamp"
 "$python" -m venv --clear .venv
-.venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.lock
+# Python compiles a module when it is first imported; most of the packages' modules never are.
+.venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.lock
 # setuptools is in the lock, so that nothing needs to be fetched to build the package.
 .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 wanted >"$stamp.tmp"

@@ -96,6 +96,7 @@ def test_legends_cover_no_axes(drawn: dict[str, Figure], name: str) -> None:
 def test_every_figure_says_its_n(drawn: dict[str, Figure], name: str) -> None:
     words = _words(drawn[name])
     counted = {
+        "summary": r"mnist, lenet: DR 0.005[^\n]* \([34] seeds\)",
         "statistic_vs_accuracy": r"PGD, 1000 images\nρ[\s\S]*worst case L2, 100 images\nρ[\s\S]*(23|9) models\n",
         "epsilon_curves": r"3(–4)? seeds × 1000 images[\s\S]*3(–4)? seeds × 100 images",
         "nonlabel_distribution": r"n = 40000 [\s\S]*n = 30000 ",

@@ -1,11 +1,13 @@
 """scripts/figures.py and the notebook that it runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 from synthetic import study_tables, write_study
 
 from drs.figure_plan import KINDS
@@ -61,3 +63,18 @@ def test_script_names_a_study_without_tables() -> None:
 def test_drawing_and_reporting_need_no_torch() -> None:
     code = "import sys, drs.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_the_notebook_to_try_runs_on_what_is_committed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code, in order; the models that it loads are not fetched or trained here."""
+    notebook = nbformat.read(ROOT / "notebooks" / "try_it.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    names: dict[str, object] = {}
+    for cell in code:
+        exec(compile(cell.source, "try_it.ipynb", "exec"), names)
+    printed = capsys.readouterr().out
+    counts = re.findall(r"PGD on (.+): (\d+) of 10 images stand", printed)
+    assert [kind for kind, _ in counts] == ["cross-entropy", "margins"] * 2
+    spreads = [float(value) for value in re.findall(r"log-softmax ([0-9.]+) nat", printed)]
+    assert spreads[1] < spreads[0] / 2, "the loss restrains what it says it does"

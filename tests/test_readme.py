@@ -29,6 +29,14 @@ def test_files_that_the_readme_links_to_exist() -> None:
         assert (PROJECT_ROOT / target).exists(), target
 
 
+def test_sections_that_the_readme_links_to_exist() -> None:
+    links = re.findall(r"\]\(([^)#:]+)#([^)]+)\)", README)
+    assert len(links) >= 5
+    for target, anchor in links:
+        headings = re.findall(r"^#+ (.+)$", (PROJECT_ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, (target, anchor)
+
+
 def test_loss_snippet_runs_in_a_loop_of_the_readers_own(tmp_path: Path) -> None:
     snippet = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "DRSoftmaxLoss" in code)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))

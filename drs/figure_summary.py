@@ -1,0 +1,98 @@
+"""The whole study in one figure: what PGD shows, what is left under the worst case, and what it costs."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from drs.figure_style import (
+    WIDTH,
+    Setting,
+    count,
+    groups,
+    marked_label,
+    of_group,
+    of_setting,
+    setting_style,
+    settings,
+    shown_setting,
+    styled,
+)
+
+REFERENCE_TRAININGS = ("adversarial", "trades")
+ROW_HEIGHT = 0.3  # inches
+GAINS = {"gain_pgd": "What PGD shows", "gain_worst": "What is left in the worst case"}
+
+
+def summary_rows(comparators: pd.DataFrame, timing: pd.DataFrame) -> list[tuple[str, str, Setting]]:
+    """Return what the figure shows, group by group: DR-softmax at the published weight, then trainings to compare.
+
+    A group without timings, or without DR-softmax beside cross-entropy, has no row.
+    """
+    rows: list[tuple[str, str, Setting]] = []
+    known = comparators[comparators["gain_pgd"].notna()] if "gain_pgd" in comparators else comparators.iloc[:0]
+    for data, model in groups(known):
+        group, times = of_group(known, data, model), of_group(timing, data, model)
+        ours = shown_setting(group)
+        if ours is None:
+            continue
+        shown = [ours, *(setting for setting in settings(group) if setting[0] in REFERENCE_TRAININGS)]
+        rows += [(data, model, setting) for setting in shown if len(of_setting(times, setting))]
+    return rows
+
+
+@styled
+def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
+    """Draw gains over cross-entropy and the time of a training step, a row per group and setting.
+
+    Args:
+        comparators: comparators.csv; gains are means over pairs of seeds, with 95 % t intervals where there are two
+            pairs or more.
+        timing: timing.csv; ratios of medians to cross-entropy's, with 95 % intervals.
+
+    Returns:
+        The figure: gains in percentage points under PGD and under the worst case, on one scale, and the time of a
+        training step as a multiple of cross-entropy's.
+    """
+    rows = summary_rows(comparators, timing)
+    figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 1.25), layout="constrained")
+    pgd, worst, cost = figure.subplots(1, 3, sharey=True, width_ratios=[1, 1, 0.8])
+    names, gains = [], []
+    for position, (data, model, setting) in enumerate(rows):
+        row = of_setting(of_group(comparators, data, model), setting).iloc[0]
+        time = of_setting(of_group(timing, data, model), setting).iloc[0]
+        colour = setting_style(*setting)["color"]
+        for axis, name in zip((pgd, worst), GAINS, strict=True):
+            values = [100 * float(row[column]) for column in (name, f"{name}_low", f"{name}_high")]
+            _point(axis, position, *values, colour, f"{values[0]:+.1f}".replace("-", "−"))
+            gains.append(values[0])
+        _point(cost, position, time["ratio"], time["ci_low"], time["ci_high"], colour, f"× {time['ratio']:.2f}")
+        names.append(
+            f"{data}, {model}: {marked_label(of_group(comparators, data, model), setting)} "
+            f"({count(int(row['n_pairs']), 'seed')})"
+        )
+    pgd.set_yticks(range(len(rows)), names)
+    pgd.set_ylim(len(rows) - 0.5, -0.6)
+    low, high = min(0.0, *gains), max(0.0, *gains)
+    room = max(8.0, 0.3 * (high - low))
+    for axis, title in zip((pgd, worst), GAINS.values(), strict=True):
+        axis.set_xlim(low - room, high + room)
+        axis.axvline(0, color="0.35", linewidth=0.8)
+        axis.set_xlabel("gain over CE (points)")
+        axis.set_title(title, weight="bold")
+    cost.set_xlim(0.5, 1.35 * float(max(cost.get_xlim()[1], 1.5)))
+    cost.axvline(1, color="0.35", linewidth=0.8)
+    cost.set_xlabel("training step (× CE's time)")
+    cost.set_title("What it costs", weight="bold")
+    for axis in (pgd, worst, cost):
+        axis.grid(visible=False, axis="y")
+    return figure
+
+
+def _point(axis: Axes, position: int, value: float, low: float, high: float, colour: str, text: str) -> None:
+    if np.isfinite(low) and np.isfinite(high):
+        axis.hlines(position, low, high, color=colour, linewidth=1.6)
+        axis.plot(value, position, "o", color=colour, markersize=6)
+    else:  # one seed has no interval
+        axis.plot(value, position, "o", color=colour, markersize=6, markerfacecolor="white", markeredgewidth=1.4)
+    axis.annotate(text, (value, position), (0, 5), textcoords="offset points", ha="center", fontsize=7)

@@ -1,0 +1,53 @@
+"""The picture of single samples under attack, and what it is drawn from."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from drs.attack_config import PGDConfig
+from drs.attacks import build_attack
+from drs.data import LabelledImages
+from drs.errors import UserError
+from drs.figure_samples import AttackedSamples, draw_samples
+from drs.samples import attack_samples
+
+Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
+PGD = build_attack(PGDConfig("pgd", "linf", steps=10, relative_step_size=0.25, random_start=True))
+
+
+@pytest.fixture
+def attacked(digits_model: nn.Module, digits: Digits) -> AttackedSamples:
+    few = LabelledImages(digits[2].images[:4], digits[2].labels[:4])
+    return attack_samples(digits_model, few, PGD, 0.3)
+
+
+def test_samples_hold_both_images_and_the_softmax_of_each(
+    attacked: AttackedSamples, digits_model: nn.Module, digits: Digits
+) -> None:
+    assert len(attacked) == 4
+    change = np.abs(attacked.adversarial - attacked.images).max((1, 2, 3))
+    assert np.all((change > 0) & (change <= 0.3 + 1e-6))
+    for pixels, softmax in ((attacked.images, attacked.before), (attacked.adversarial, attacked.after)):
+        wanted = digits_model(torch.from_numpy(pixels)).softmax(1).detach().numpy()
+        np.testing.assert_allclose(softmax, wanted, atol=1e-6)
+    with pytest.raises(UserError, match="epsilon|eval"):
+        attack_samples(digits_model.train(), LabelledImages(digits[2].images[:2], digits[2].labels[:2]), PGD, 0.3)
+    digits_model.eval()
+
+
+def test_picture_says_what_became_of_each_sample(attacked: AttackedSamples) -> None:
+    names = [f"c{number}" for number in range(10)]
+    figure = draw_samples({"CE": attacked}, epsilon=0.3, class_names=names)
+    axes = np.array(figure.axes).reshape(4, 4)
+    for place, own in enumerate(axes):
+        found, label = attacked.after[place].argmax(), attacked.labels[place]
+        assert own[2].get_xlabel() == (f"still {names[found]}" if found == label else f"now {names[found]}")
+        assert own[0].get_ylabel() == f"CE\n{names[label]}"
+        shown = np.asarray(own[1].images[0].get_array())
+        wanted = 0.5 + (attacked.adversarial - attacked.images)[place, 0] / 0.6
+        np.testing.assert_allclose(shown, wanted, atol=1e-6)
+        heights = [bar.get_height() for bar in own[3].patches]
+        np.testing.assert_allclose(heights, np.concatenate([attacked.before[place], attacked.after[place]]), atol=1e-6)
+    with pytest.raises(ValueError, match="no samples"):
+        draw_samples({}, epsilon=0.1)
