@@ -73,7 +73,7 @@ def draw_samples(
         found = int(samples.after[place].argmax())
         held = found == samples.labels[place]
         own[2].set_xlabel(f"still {names[found]}" if held else f"now {names[found]}", weight="bold", labelpad=2)
-    axes[0, 3].legend(loc="upper right", ncols=2, fontsize=7)
+    figure.legend(*axes[0, 3].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     for axis in axes[:-1, 3]:
         axis.set_xticklabels([])
     axes[-1, 3].set_xlabel("class")

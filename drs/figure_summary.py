@@ -21,7 +21,7 @@ from drs.figure_style import (
 
 REFERENCE_TRAININGS = ("adversarial", "trades")
 ROW_HEIGHT = 0.3  # inches
-GAINS = {"gain_pgd": "What PGD shows", "gain_worst": "What is left in the worst case"}
+GAINS = {"gain_pgd": "What PGD shows", "gain_worst": "What survives"}
 
 
 def summary_rows(comparators: pd.DataFrame, timing: pd.DataFrame) -> list[tuple[str, str, Setting]]:
@@ -64,7 +64,7 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
         colour = setting_style(*setting)["color"]
         for axis, name in zip((pgd, worst), GAINS, strict=True):
             values = [100 * float(row[column]) for column in (name, f"{name}_low", f"{name}_high")]
-            _point(axis, position, *values, colour, f"{values[0]:+.1f}".replace("-", "−"))
+            _point(axis, position, *values, colour, f"{values[0] + 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0"))
             gains.append(values[0])
         _point(cost, position, time["ratio"], time["ci_low"], time["ci_high"], colour, f"× {time['ratio']:.2f}")
         names.append(
@@ -75,14 +75,14 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
     pgd.set_ylim(len(rows) - 0.5, -0.6)
     low, high = min(0.0, *gains), max(0.0, *gains)
     room = max(8.0, 0.3 * (high - low))
-    for axis, title in zip((pgd, worst), GAINS.values(), strict=True):
+    for axis, title, where in zip((pgd, worst), GAINS.values(), ("PGD", "worst case"), strict=True):
         axis.set_xlim(low - room, high + room)
         axis.axvline(0, color="0.35", linewidth=0.8)
-        axis.set_xlabel("gain over CE (points)")
+        axis.set_xlabel(f"gain over CE, {where} (points)")
         axis.set_title(title, weight="bold")
-    cost.set_xlim(0.5, 1.35 * float(max(cost.get_xlim()[1], 1.5)))
+    cost.set_xlim(0, 1.3 * float(max(cost.get_xlim()[1], 1.5)))
     cost.axvline(1, color="0.35", linewidth=0.8)
-    cost.set_xlabel("training step (× CE's time)")
+    cost.set_xlabel("time of a step (× CE)")
     cost.set_title("What it costs", weight="bold")
     for axis in (pgd, worst, cost):
         axis.grid(visible=False, axis="y")
@@ -95,4 +95,5 @@ def _point(axis: Axes, position: int, value: float, low: float, high: float, col
         axis.plot(value, position, "o", color=colour, markersize=6)
     else:  # one seed has no interval
         axis.plot(value, position, "o", color=colour, markersize=6, markerfacecolor="white", markeredgewidth=1.4)
-    axis.annotate(text, (value, position), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of the line at no gain
+    axis.annotate(text, (value, position), (0, 5.5), textcoords="offset points", ha="center", fontsize=7, bbox=clear)

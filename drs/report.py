@@ -84,7 +84,7 @@ def mark_failed_checks(tables: Tables) -> Tables:
     models = tables["models"]
     if "failed_checks" not in models:
         return tables
-    failed = models.assign(failed_checks=models["failed_checks"].fillna("").astype(str))
+    failed = models.assign(failed_checks=models["failed_checks"].astype(object).fillna("").astype(str))
     of_model = failed.set_index("run_id")["failed_checks"]
     of_setting = failed.groupby(_KEYS)["failed_checks"].agg(lambda names: ";".join(name for name in names if name))
     for name, table in tables.items():

@@ -15,7 +15,18 @@ from synthetic import study_tables
 
 from drs.comparators import comparator_table
 from drs.figure_plan import KINDS, plan_figures
-from drs.figure_style import attacks, setting_label, setting_style, settings, shown_setting, span, wilson_interval
+from drs.figure_style import (
+    attacks,
+    of_group,
+    of_setting,
+    setting_label,
+    setting_style,
+    settings,
+    shown_setting,
+    span,
+    wilson_interval,
+)
+from drs.figure_summary import summary, summary_rows
 from drs.figures import (
     correlation_heatmap,
     epsilon_curves,
@@ -113,6 +124,22 @@ def test_drawing_leaves_matplotlib_as_it_was() -> None:
     before = dict(matplotlib.rcParams)
     training_curves(TABLES["training"], "mnist", "lenet")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_summary_shows_both_gains_and_the_time_of_each_row(drawn: dict[str, Figure]) -> None:
+    rows = summary_rows(TABLES["comparators"], TABLES["timing"])
+    assert {setting[0] for _, _, setting in rows} >= {"dr_softmax"}
+    axes = drawn["summary"].axes
+    for position, (data, model, setting) in enumerate(rows):
+        gain = of_setting(of_group(TABLES["comparators"], data, model), setting).iloc[0]
+        time = of_setting(of_group(TABLES["timing"], data, model), setting).iloc[0]
+        wanted = 100 * gain["gain_pgd"], 100 * gain["gain_worst"], time["ratio"]
+        for axis, value in zip(axes, wanted, strict=True):
+            points = [line for line in axis.lines if line.get_marker() == "o" and line.get_ydata()[0] == position]
+            assert [line.get_xdata()[0] for line in points] == [value]
+    alone = TABLES["comparators"].assign(gain_pgd_low=np.nan, gain_pgd_high=np.nan)
+    hollow = [line.get_markerfacecolor() for line in summary(alone, TABLES["timing"]).axes[0].lines[: len(rows)]]
+    assert hollow == ["white"] * len(rows), "no interval is not an interval of no width"
 
 
 def test_points_are_the_table(drawn: dict[str, Figure]) -> None:
