@@ -2,8 +2,8 @@
 
     python scripts/bench.py [--only SECTION]
 
-Sections: loss, training, attacks, startup, memory. Results go to results/bench (bench.csv, REPORT.md). Nothing else
-should run on the machine meanwhile.
+Sections: loss, training, attacks, sweeps, startup, memory, growth, gpu. Results go to results/bench (bench.csv,
+REPORT.md). Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -22,18 +22,23 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from drs.allocator import keep_freed_memory
-from drs.benchmarks.attacks import attack_rows
+from drs.attack_config import AttackConfig
+from drs.benchmarks.attacks import attack_rows, suite_rows
+from drs.benchmarks.gpu import TARGETS, missing_rows, moved
+from drs.benchmarks.growth import class_rows, evaluation_rows, table_rows
 from drs.benchmarks.harness import Machine, Row, measure_machine, torch_threads
 from drs.benchmarks.losses import loss_rows, step_rows
 from drs.benchmarks.report import read_provenance, read_rows, write_rows
 from drs.benchmarks.startup import peak_memory_rows, startup_rows
+from drs.benchmarks.sweeps import cores, packing_rows, worker_rows
 from drs.benchmarks.training import training_rows
-from drs.config import PROJECT_ROOT, TrainConfig, train_config
+from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, evaluate_config, train_config
 from drs.data import load_split
 from drs.entrypoint import fail
 from drs.errors import UserError
 from drs.filling import load_test
 from drs.provenance import describe_machine
+from drs.suite_config import suite_epsilons
 from drs.sweeper import register_plugins
 from drs.training import fit
 
@@ -48,9 +53,15 @@ def composed(*overrides: str) -> TrainConfig:
         return train_config(compose("train", list(overrides)))
 
 
-def trained(config: TrainConfig) -> nn.Module:
+def paper_suite() -> EvaluateConfig:
+    """Compose the evaluation under the paper suite."""
+    register_plugins()
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return evaluate_config(compose("evaluate", ["study=bench", "suite=paper"]))
+
+
+def trained(config: TrainConfig, device: torch.device) -> nn.Module:
     """Train a model for the attacks; nothing is written."""
-    device = torch.device("cpu")
     model, _ = fit(config, *load_split(config.data, device), device)
     return model
 
@@ -74,18 +85,39 @@ def training_section(machine: Machine) -> Iterator[Row]:
 
 
 def attacks_section(machine: Machine) -> Iterator[Row]:
-    """Gradient steps on an undefended and on an adversarially trained model."""
+    """Gradient steps on an undefended and on an adversarially trained model, and the paper suite."""
+    return attacks_on(torch.device("cpu"))
+
+
+def attacks_on(device: torch.device) -> Iterator[Row]:
+    """The attacks on a device."""
     plain = composed("data=mnist", "model=lenet", "loss=ce", "optim=adam", "epochs=2")
     adversarial = composed(
         "data=mnist", "model=lenet", "loss=ce", "optim=adam", "epochs=3", "data.train_samples=20000",
         "procedure=adversarial", f"procedure.epsilon={EPSILON}", "procedure.steps=3",
         "procedure.relative_step_size=0.5",
     )  # fmt: skip
-    test, _ = load_test(plain.data, N_IMAGES, torch.device("cpu"))
-    for config, described, target in (
-        (plain, "undefended lenet", ">= 3"), (adversarial, "adversarially trained lenet", ">= 1"),
+    test, _ = load_test(plain.data, N_IMAGES, device)
+    undefended = trained(plain, device)
+    for model, described, target in (
+        (undefended, "undefended lenet", ">= 3"), (trained(adversarial, device), "adversarially trained lenet", ">= 1"),
     ):  # fmt: skip
-        yield from attack_rows(trained(config), test.pixels(), test.labels, EPSILON, described=described, target=target)
+        yield from attack_rows(model, test.pixels(), test.labels, EPSILON, described=described, target=target)
+    suite = paper_suite().suite
+    attacks: dict[str, AttackConfig] = suite.attacks
+    epsilons = [epsilon.value for epsilon in suite_epsilons(suite, "mnist", "linf")]
+    yield from suite_rows(
+        undefended, test.pixels(), test.labels, attacks, epsilons, suite.batch_size, described="undefended lenet",
+        target=">= 2",
+    )  # fmt: skip
+
+
+def sweeps_section(machine: Machine) -> Iterator[Row]:
+    """Trainings of one sweep, in turn, side by side and packed."""
+    overrides = ["data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=1", "data.train_samples=20000"]
+    with tempfile.TemporaryDirectory() as folder:
+        yield from worker_rows(overrides, Path(folder), dict(os.environ), max(2, cores()))
+    yield from packing_rows(composed(*overrides[:-1], "data.train_samples=5000"), torch.device("cpu"))
 
 
 def startup_section(machine: Machine) -> Iterator[Row]:
@@ -100,12 +132,36 @@ def memory_section(machine: Machine) -> Iterator[Row]:
         yield from peak_memory_rows(Path(folder), dict(os.environ))
 
 
+def growth_section(machine: Machine) -> Iterator[Row]:
+    """How time and memory grow with images, classes and models."""
+    yield from class_rows()
+    yield from table_rows()
+    with tempfile.TemporaryDirectory() as folder:
+        yield from evaluation_rows(Path(folder), dict(os.environ))
+
+
+def gpu_section(machine: Machine) -> Iterator[Row]:
+    """The loss, the step, the attacks and packing on a GPU, where there is one."""
+    if not torch.cuda.is_available():
+        yield from missing_rows("no GPU at hand")
+        return
+    yield from moved(loss_rows(machine, "cuda"))
+    yield from moved(step_rows(composed("data=cifar10", "model=resnet18", "loss=dr_softmax", "optim=sgd")))
+    yield from moved(attacks_on(torch.device("cuda")))
+    packed = composed("data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=1")
+    yield from moved(packing_rows(packed, torch.device("cuda")))
+    yield from missing_rows("not written yet", TARGETS[2:4] + TARGETS[5:])
+
+
 SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     "loss": loss_section,
     "training": training_section,
     "attacks": attacks_section,
+    "sweeps": sweeps_section,
     "startup": startup_section,
     "memory": memory_section,
+    "growth": growth_section,
+    "gpu": gpu_section,
 }
 
 

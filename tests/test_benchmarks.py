@@ -1,25 +1,41 @@
 """The benchmark's arithmetic on known answers, and its rows on the smallest real work. No time is tested."""
 
+import os
+import re
 import runpy
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import compose_train
 from torch import nn
 
-from drs.benchmarks.attacks import attack_rows
+from drs.attack_config import FGSMConfig, PGDConfig
+from drs.benchmarks.attacks import MODULES, PEERS, attack_rows, suite_rows
+from drs.benchmarks.fewer_calls import loss_by_library_gradient
+from drs.benchmarks.gpu import TARGETS, missing_rows
+from drs.benchmarks.growth import class_rows, made_up_models, table_rows
 from drs.benchmarks.harness import Machine, Row, peak_tensor_bytes, ratio_of_medians, time_in_turn
 from drs.benchmarks.losses import loss_rows
+from drs.benchmarks.packing import fit_packed
 from drs.benchmarks.report import read_provenance, read_rows, report_text, write_rows
+from drs.benchmarks.startup import measured_process
 from drs.config import PROJECT_ROOT
+from drs.correlation import correlation_table
 from drs.data import LabelledImages
 from drs.errors import UserError
+from drs.granulated import granulated_table
+from drs.losses import DRSoftmaxLoss
 from drs.provenance import describe_machine
+from drs.training import fit
 
-ROW = Row("loss", "a | b", "ours", "theirs", "ms", 2.0, 1.0, 2.0, 1.9, 2.1, 5, "<= 2", "cpu", 1, "a floor", "a note")
+ROW = Row(
+    "loss", "a | b", "ours", "theirs", "ms", 2.0, 1.0, 2.0, 1.9, 2.1, 5, "<= 2", "cpu", 1, "a floor", "a note", 0.5
+)
 HERE = {**describe_machine(torch.device("cpu")), "machine": {"gigaflops": 17.0, "gigabytes": 9.0}}
 PROVENANCE = {"loss": {**HERE, "commit": "a" * 40, "dirty": False}, "gpu": {**HERE, "commit": "b" * 40, "dirty": True}}
 
@@ -67,11 +83,21 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
     unmeasured = replace(
         ROW, section="gpu", ours_median=None, theirs_median=None, ratio=None, low=None, high=None, note="no GPU"
     )
-    write_rows(tmp_path, [ROW, unmeasured], PROVENANCE)
-    assert read_rows(tmp_path) == [ROW, unmeasured]
+    rows = [
+        ROW,
+        replace(ROW, case="slow", ratio=2.5, reason="Because."),
+        replace(ROW, ours="a try", tried=True, target=""),
+    ]
+    write_rows(tmp_path, [*rows, unmeasured], PROVENANCE)
+    assert read_rows(tmp_path) == [*rows, unmeasured]
     text = (tmp_path / "REPORT.md").read_text()
-    assert r"| a \| b | ours | theirs | ms | 2.00 | 1.00 | 2.00 (1.90 to 2.10) | &lt;= 2 | met | 5 | cpu |" in text
+    line = (
+        r"| a \| b | ours | theirs | ms | 2.00 | 1.00 | 0.500 | 4.00 | 2.00 (1.90 to 2.10) | &lt;= 2 | met | 5 | cpu |"
+    )
+    assert line in text
     assert "not measured" in text and "- a \\| b, ours: floor: a floor." in text
+    assert text.count("- slow, ours: 2.50 where &lt;= 2 is wanted. Because.") == 1
+    assert text.index(line) < text.index("### What was tried") < text.index("| a try |") < text.index("### Missed, and")
     assert "Targets: 1 met, 1 not measured." in report_text([ROW, unmeasured], PROVENANCE)
     # Each section says where it was measured itself: they need not be of one day or commit.
     assert text.index(f"commit `{'a' * 12}`: ") < text.index(f"commit `{'b' * 12}` with changes: ")
@@ -79,6 +105,10 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text("[1")
     with pytest.raises(UserError, match=r"provenance\.json is not JSON .* delete it and .*bench\.csv"):
         read_provenance(tmp_path)
+    # Rows written before there was a floor in figures are still read.
+    frame = pd.read_csv(tmp_path / "bench.csv").drop(columns=["least", "tried", "reason"])
+    frame.to_csv(tmp_path / "bench.csv", index=False)
+    assert read_rows(tmp_path)[0] == replace(ROW, least=None)
     (tmp_path / "bench.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"bench\.csv: has not the columns section, case"):
         read_rows(tmp_path)
@@ -86,8 +116,8 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
 
 def test_loss_rows_count_no_tensor_beyond_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("drs.benchmarks.losses.SHAPES", ((16, 50, 3),))
-    timed, memory = loss_rows(Machine(10, 10))
-    assert timed.ratio is not None and timed.repeats == 3
+    timed, variant, memory = loss_rows(Machine(10, 10))
+    assert timed.ratio is not None and timed.repeats == 3 and not timed.tried and variant.tried
     assert memory.ratio is not None and -1 < memory.ratio <= 1.2  # beside [B, K] there are a few [B] tensors
 
 
@@ -99,14 +129,95 @@ def test_attack_rows_say_who_is_stronger(
     monkeypatch.setattr("drs.benchmarks.attacks.REPEATS", 1)
     test = digits[2]
     images, labels = test.pixels(torch.arange(40)), test.labels[:40]
+    monkeypatch.setitem(MODULES, "ART", "no_such_package.at_all")
     rows = list(attack_rows(digits_model, images, labels, 0.2, described="mlp", target=">= 3"))
-    assert [row.ours for row in rows] == ["our PGD", "our margin PGD"]
-    assert all(row.ratio is not None and "torchattacks" in row.note and "foolbox" in row.note for row in rows)
-    assert rows[1].note.startswith("no weaker")
+    assert [row.ours for row in rows] == 3 * ["our PGD"] + 3 * ["our margin PGD"]
+    assert [row.theirs for row in rows] == 2 * list(PEERS)
+    measured = [row for row in rows if row.theirs != "ART"]
+    assert all(row.ratio is not None and "torchattacks" in row.note and "foolbox" in row.note for row in measured)
+    assert all(0 < row.ours_median < 2 * row.least for row in measured)  # type: ignore[operator]
+    assert sum(row.target == ">= 3" for row in rows) == 2  # of the fastest peer alone
+    assert all(row.ratio is None and "[bench]" in row.note for row in rows if row.theirs == "ART")
+    assert measured[-1].note.startswith("no weaker")
+
+
+def test_the_suite_and_the_same_attacks_by_hand_find_the_same(
+    digits: tuple[LabelledImages, LabelledImages, LabelledImages], digits_model: nn.Module
+) -> None:
+    test = digits[2]
+    attacks = {
+        "fgsm": FGSMConfig(norm="linf", n_samples=None),
+        "pgd": PGDConfig(norm="linf", n_samples=None, steps=2, relative_step_size=0.5, random_start=False),
+    }  # fmt: skip
+    (row,) = suite_rows(
+        digits_model, test.pixels(torch.arange(40)), test.labels[:40], attacks, [0.1, 0.3], 20, described="mlp",
+        target=">= 2",
+    )  # fmt: skip
+    pairs = re.findall(r"(fgsm|pgd) at ([\d.]+) ([\d.]+) and ([\d.]+) %", row.note)
+    assert [(name, epsilon) for name, epsilon, *_ in pairs] == [
+        ("fgsm", "0.1"), ("fgsm", "0.3"), ("pgd", "0.1"), ("pgd", "0.3"),
+    ]  # fmt: skip
+    assert all(one == other for _, _, one, other in pairs) and len({one for _, _, one, _ in pairs}) > 1
+
+
+def test_the_loss_in_fewer_calls_is_the_loss() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (6,))
+    found = loss_by_library_gradient(logits, labels, 1.5, 0.3)
+    expected = DRSoftmaxLoss(weight=0.3, ce_weight=1.5).eager(logits, labels)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(-2 * value, logits)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_models_trained_as_one_batch_are_those_trained_in_turn(
+    digits: tuple[LabelledImages, LabelledImages, LabelledImages],
+) -> None:
+    training, validation, _ = digits
+    training = LabelledImages(training.images[:200], training.labels[:200])
+    configs = [
+        compose_train("data=digits", "model=mlp", "optim=adam", "epochs=2", "batch_size=50", *rest)
+        for rest in (("loss=dr_softmax", "loss.weight=0.01", "seed=3"), ("loss=ce", "seed=4"))
+    ]
+    packed = fit_packed(configs, training, torch.device("cpu"))
+    for config, model in zip(configs, packed, strict=True):
+        plain, _ = fit(config, training, validation, torch.device("cpu"))
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    configs[1].batch_size = 20
+    with pytest.raises(ValueError, match="may differ in seed and in the weight of the loss only"):
+        fit_packed(configs, training, torch.device("cpu"))
+
+
+def test_growth_compares_each_size_with_the_one_before() -> None:
+    rows = list(class_rows((3, 30, 300), repeats=1))
+    assert [(row.ours, row.theirs) for row in rows] == 2 * [("30 classes", "3 classes"), ("300 classes", "30 classes")]
+    assert rows[1].theirs_median == rows[0].ours_median
+    # A table of made-up models is one that the real tables are made from.
+    assert [row.case for row in table_rows((10, 15))] == [
+        "table of correlations", "table of partial correlations", "table of granulated Kendall coefficients",
+    ]  # fmt: skip
+    for table in (correlation_table, granulated_table):
+        assert len(table(made_up_models(15)).dropna()) > 0
+
+
+def test_a_process_is_measured_with_its_failures() -> None:
+    small, seconds = measured_process(["-c", "import time; time.sleep(0.1)"], dict(os.environ))
+    large, _ = measured_process(["-c", "x = bytearray(100 * 2**20)"], dict(os.environ))
+    assert seconds >= 0.1 and 0.06 < large - small < 0.2
+    with pytest.raises(RuntimeError, match="ended with 3: gone wrong"):
+        measured_process(["-c", "import sys; print('gone wrong', file=sys.stderr); sys.exit(3)"], dict(os.environ))
+
+
+def test_without_a_gpu_each_of_its_targets_has_a_row() -> None:
+    rows = list(missing_rows("no GPU at hand"))
+    assert len(rows) == len(TARGETS) and {row.verdict for row in rows} == {"not measured"}
 
 
 def test_unknown_section_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bench.py", "--only", "everything"])
     script = runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench.py"))
-    with pytest.raises(UserError, match=r"ONLY=everything: must be one of loss, training, attacks, startup, memory"):
+    with pytest.raises(
+        UserError, match=r"ONLY=everything: must be one of loss, training, attacks, sweeps, startup, memory"
+    ):
         script["main"]()

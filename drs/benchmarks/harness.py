@@ -36,6 +36,9 @@ class Row:
         threads: Of torch on the CPU.
         floor: What no implementation can do without, in words with figures.
         note: What else a reader must know, such as why it was not measured.
+        least: The floor in the unit of the medians, where it is a figure.
+        tried: Whether this is something that was tried to reach a target, and not how the work is done.
+        reason: Why the target is missed, where it is.
     """
 
     section: str
@@ -54,6 +57,9 @@ class Row:
     threads: int
     floor: str = ""
     note: str = ""
+    least: float | None = None
+    tried: bool = False
+    reason: str = ""
 
     @property
     def verdict(self) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ TITLES = {
     "loss": "The loss",
     "training": "Training",
     "attacks": "Attacks",
+    "sweeps": "Sweeps",
     "startup": "Start-up",
     "memory": "Memory",
+    "growth": "Growth with images, classes and models",
     "gpu": "On a GPU",
 }
 COLUMNS = [item.name for item in fields(Row)]
+REQUIRED = [item.name for item in fields(Row) if item.default is MISSING]
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -34,15 +37,16 @@ def read_rows(folder: Path) -> list[Row]:
     if not path.exists():
         return []
     frame = pd.read_csv(path, keep_default_na=True)
-    if set(COLUMNS) - set(frame.columns):
-        raise UserError(f"{path}: has not the columns {', '.join(COLUMNS)}; delete it, or move it away")
-    numbers = ("ours_median", "theirs_median", "ratio", "low", "high")
+    if set(REQUIRED) - set(frame.columns):
+        raise UserError(f"{path}: has not the columns {', '.join(REQUIRED)}; delete it, or move it away")
+    numbers = ("ours_median", "theirs_median", "ratio", "low", "high", "least")
     rows = []
     for record in frame.to_dict("records"):
-        values: dict[str, Any] = {name: record[name] for name in COLUMNS}
+        values: dict[str, Any] = {name: record[name] for name in COLUMNS if name in frame.columns}
         for name, value in values.items():
             if pd.isna(value):
                 values[name] = None if name in numbers else ""
+        values["tried"] = bool(values.get("tried"))
         rows.append(Row(**values))
     return rows
 
@@ -84,15 +88,30 @@ def report_text(rows: Sequence[Row], provenance: dict[str, Any]) -> str:
         "# Benchmarks",
         "",
         "A ratio is one of medians over repeats that are run in turn; in brackets its 95 % bootstrap interval over the "
-        "repeats. Made by `make bench`; `make bench ONLY=loss` makes one section anew and keeps the others.",
+        "repeats. The floor is what no implementation can do without on this machine, in the unit of the medians: for "
+        "a time the least, for a rate the most. Made by `make bench`; `make bench ONLY=loss` makes one section anew "
+        "and keeps the others.",
         "",
         "Targets: " + (", ".join(f"{number} {verdict}" for verdict, number in counts.items()) or "none") + ".",
     ]
     for section, title in TITLES.items():
         chosen = [row for row in rows if row.section == section]
         if chosen:
-            lines += ["", f"## {title}", "", _measured_on(provenance.get(section)), "", _table(chosen)]
-            lines += _notes(chosen)
+            lines += ["", f"## {title}", "", _measured_on(provenance.get(section))]
+            for heading, part in (
+                ("", [row for row in chosen if not row.tried]),
+                ("What was tried", [row for row in chosen if row.tried]),
+            ):
+                if part:
+                    lines += ["", *([f"### {heading}", ""] if heading else []), _table(part), *_notes(part)]
+            missed = [row for row in chosen if row.verdict == "missed"]
+            if missed:
+                lines += ["", "### Missed, and why", ""]
+                lines += dict.fromkeys(
+                    f"- {escape(row.case)}, {escape(row.ours)}: {significant(row.ratio)} where "  # type: ignore[arg-type]
+                    f"{escape(row.target)} is wanted. {escape(row.reason) or 'The reason is not known.'}"
+                    for row in missed
+                )
     return "\n".join(lines) + "\n"
 
 
@@ -112,8 +131,8 @@ def _measured_on(content: dict[str, Any] | None) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     headers = [
-        "case", "measured", "against", "unit", "median", "median of the other", "ratio", "target", "verdict", "repeats",
-        "on",
+        "case", "measured", "against", "unit", "median", "median of the other", "floor", "median / floor", "ratio",
+        "target", "verdict", "repeats", "on",
     ]  # fmt: skip
     cells = []
     for row in rows:
@@ -125,9 +144,15 @@ def _table(rows: Sequence[Row]) -> str:
         device = f"{row.device}, {row.threads} threads" if row.device == "cpu" and row.threads > 1 else row.device
         cells.append([
             escape(row.case), escape(row.ours), escape(row.theirs), row.unit, _number(row.ours_median),
-            _number(row.theirs_median), ratio, escape(row.target), row.verdict, str(row.repeats), device,
+            _number(row.theirs_median), _number(row.least), _number(_distance(row)), ratio, escape(row.target),
+            row.verdict, str(row.repeats), device,
         ])  # fmt: skip
-    return table(headers, cells, align="llllrrrllrl")
+    return table(headers, cells, align="llllrrrrrllrl")
+
+
+def _distance(row: Row) -> float | None:
+    """Return how many times the floor the median is; below 1 for a rate, whose floor is the most that can be."""
+    return row.ours_median / row.least if row.ours_median is not None and row.least else None
 
 
 def _number(value: float | None) -> str:

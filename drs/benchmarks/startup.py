@@ -40,7 +40,7 @@ def startup_rows(results: Path, environment: dict[str, str]) -> Iterator[Row]:
             yield Row(
                 "startup", name, name, floor, "s", float(np.median(seconds[name])), float(np.median(seconds[floor])),
                 *ratio_of_medians(seconds[name], seconds[floor]), REPEATS, "", "cpu", 1,
-                floor=f"{floor}: {np.median(seconds[floor]):.2f} s" if "torch" in floor else "",
+                least=float(np.median(seconds[floor])), floor="what the other imports, it imports too",
             )  # fmt: skip
 
 
@@ -52,25 +52,32 @@ def peak_memory_rows(results: Path, environment: dict[str, str]) -> Iterator[Row
         "training, MNIST lenet": [train, "data=mnist", "model=lenet", "loss=dr_softmax", "epochs=1", *common],
         "evaluation, MNIST lenet, paper suite": [evaluate, "suite=paper", "workers=1", *common],
     }
-    base = _peak(["-c", "import torch"], environment)
+    base, _ = measured_process(["-c", "import torch"], environment)
     for name, arguments in jobs.items():
-        peak = _peak(arguments, environment)
+        peak, _ = measured_process(arguments, environment)
         yield Row(
             "memory", name, "peak memory", "import torch", "GiB", peak, base, peak / base, peak / base, peak / base, 1,
-            "", "cpu", 1,
+            "", "cpu", 1, least=base, floor="who uses torch has imported it",
         )  # fmt: skip
 
 
-def _peak(arguments: Sequence[str], environment: dict[str, str]) -> float:
-    """Return the peak resident memory of a process in GiB, by a parent that has no other child."""
+def measured_process(arguments: Sequence[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Return the peak resident memory in GiB of a Python process and its wall time in seconds.
+
+    Raises:
+        RuntimeError: If it ends with another status than 0.
+    """
+    # The parent that looks has no other child, and is not counted.
     watcher = (
-        "import resource, subprocess, sys\n"
+        "import resource, subprocess, sys, time\n"
+        "began = time.perf_counter()\n"
         "status = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode\n"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.perf_counter() - began)\n"
         "sys.exit(status)"
     )
     command = [sys.executable, "-c", watcher, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return int(done.stdout) / 2**20
+    peak, seconds = done.stdout.split()
+    return int(peak) / 2**20, float(seconds)
