@@ -14,7 +14,7 @@ import torch
 from conftest import compose_train
 from torch import nn
 
-from drs.attack_config import FGSMConfig, PGDConfig
+from drs.attack_config import AttackConfig, CWConfig, FGSMConfig, PGDConfig
 from drs.benchmarks.attacks import MODULES, PEERS, attack_rows, suite_rows
 from drs.benchmarks.fewer_calls import loss_by_library_gradient
 from drs.benchmarks.gpu import TARGETS, missing_rows
@@ -145,10 +145,11 @@ def test_the_suite_and_the_same_attacks_by_hand_find_the_same(
     digits: tuple[LabelledImages, LabelledImages, LabelledImages], digits_model: nn.Module
 ) -> None:
     test = digits[2]
-    attacks = {
-        "fgsm": FGSMConfig(norm="linf", n_samples=None),
-        "pgd": PGDConfig(norm="linf", n_samples=None, steps=2, relative_step_size=0.5, random_start=False),
-    }  # fmt: skip
+    attacks: dict[str, AttackConfig] = {
+        "fgsm": FGSMConfig("fgsm", "linf"),
+        "pgd": PGDConfig("pgd", "linf", steps=2, relative_step_size=0.5, random_start=False),
+        "cw": CWConfig("cw", "l2"),
+    }
     (row,) = suite_rows(
         digits_model, test.pixels(torch.arange(40)), test.labels[:40], attacks, [0.1, 0.3], 20, described="mlp",
         target=">= 2",
@@ -157,6 +158,7 @@ def test_the_suite_and_the_same_attacks_by_hand_find_the_same(
     assert [(name, epsilon) for name, epsilon, *_ in pairs] == [
         ("fgsm", "0.1"), ("fgsm", "0.3"), ("pgd", "0.1"), ("pgd", "0.3"),
     ]  # fmt: skip
+    assert "without cw, which torchattacks does not have" in row.note
     assert all(one == other for _, _, one, other in pairs) and len({one for _, _, one, _ in pairs}) > 1
 
 

@@ -79,14 +79,14 @@ class Band(nn.Module):
 def test_the_best_iterate_is_kept_and_the_last_one_is_told() -> None:
     images, labels = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.int64)
     (objective,) = FAMILIES["margin"](images, labels)
-    best, fallen, last = climb(
+    best, fallen, last, _ = climb(
         Band(), images, labels, 0.5, objective, norm="linf", steps=1, relative_step_size=0.1, start=images,
         drop_fallen=False,
     )  # fmt: skip
     assert fallen.all() and last.all()
     assert (Band()(best).argmax(1) == 1).all()
     start = torch.full((3, 1, 4, 4), 0.551)
-    _, fallen, last = climb(
+    _, fallen, last, _ = climb(
         Band(), images, labels, 0.5, lambda *given: -objective(*given), norm="linf", steps=2, relative_step_size=0.5,
         start=start, drop_fallen=False,
     )  # fmt: skip
@@ -96,14 +96,15 @@ def test_the_best_iterate_is_kept_and_the_last_one_is_told() -> None:
 def test_a_sample_that_has_fallen_is_not_moved_further() -> None:
     model, images, labels = linear_problem(classes=3)
     (objective,) = FAMILIES["margin"](images, labels)
-    best, fallen, _ = climb(
+    best, fallen, _, reached = climb(
         model, images, labels, 0.5, objective, norm="linf", steps=20, relative_step_size=0.05, start=images
     )
-    kept, _, _ = climb(
+    kept, _, _, _ = climb(
         model, images, labels, 0.5, objective, norm="linf", steps=20, relative_step_size=0.05, start=images,
         drop_fallen=False,
     )  # fmt: skip
     assert fallen.all()
+    torch.testing.assert_close(reached, margin(model(best), labels))
     assert (best - images).abs().amax() < (kept - images).abs().amax()
 
 

@@ -136,7 +136,7 @@ def _batch_probes(
             attack = ProjectedAttack("epsilon 0", ["margin"], "linf", 2, 1, config.relative_step_size)
             same = attack.perturb(model, centre, truth, 0.0)
             (objective,) = FAMILIES["ce"](centre, truth)
-            _, fallen, last_fallen = climb(
+            _, fallen, last_fallen, _ = climb(
                 model, centre, truth, epsilon, objective, norm="linf", steps=config.steps,
                 relative_step_size=config.relative_step_size, start=centre, drop_fallen=False,
             )  # fmt: skip

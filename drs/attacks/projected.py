@@ -55,7 +55,7 @@ def climb(
     relative_step_size: float,
     start: Tensor,
     drop_fallen: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Climb an objective from ``start`` and keep, for each sample, the iterate with the largest margin.
 
     Args:
@@ -71,17 +71,17 @@ def climb(
         drop_fallen: Stop a sample at its first misclassified iterate.
 
     Returns:
-        The best iterates ``[B, C, H, W]``, whether each is misclassified ``[B]``, and whether the last iterate is
-        ``[B]``.
+        The best iterates ``[B, C, H, W]``, whether each is misclassified ``[B]``, whether the last iterate is ``[B]``,
+        and the margins ``[B]`` of the best iterates, above 0 where they are misclassified.
     """
     best, best_margin = start.clone(), torch.full((len(images),), -math.inf, device=images.device)
     last_fallen = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     active = torch.arange(len(images), device=images.device)
-    current = start.clone()
+    centre, truth, current = images, labels, start.clone()
     for step in range(steps + 1):
-        current.requires_grad_(True)
-        logits = model(current).float()
-        truth = labels[active]
+        # The last iterate is looked at and not left again.
+        with torch.set_grad_enabled(step < steps):
+            logits = model(current.requires_grad_(step < steps)).float()
         reached = margin(logits.detach(), truth)
         better = reached > best_margin[active]
         best[active[better]] = current.detach()[better]
@@ -98,11 +98,12 @@ def climb(
         if drop_fallen and bool(fallen.any()):
             keep = ~fallen
             active, current, gradient = active[keep], current[keep], gradient[keep]
+            centre, truth = centre[keep], truth[keep]
             if not len(active):
                 break
         length = epsilon * relative_step_size * 0.5 * (1 + math.cos(math.pi * step / steps))
-        current = project(images[active], current + length * _direction(gradient, norm), epsilon, norm)
-    return best, best_margin > 0, last_fallen
+        current = project(centre, current + length * _direction(gradient, norm), epsilon, norm)
+    return best, best_margin > 0, last_fallen, best_margin
 
 
 class ProjectedAttack:
@@ -165,12 +166,10 @@ class ProjectedAttack:
 
                     at_random = self.random_start or restart > 0
                     start = random_start(centre, epsilon, self.norm) if at_random else centre
-                    found, fallen, _ = climb(
+                    found, fallen, _, reached = climb(
                         model, centre, truth, epsilon, placed, norm=self.norm, steps=self.steps,
                         relative_step_size=self.relative_step_size, start=start,
                     )  # fmt: skip
-                    with torch.no_grad():
-                        reached = margin(model(found).float(), truth)
                     better = fallen | (reached > best_margin[standing])
                     best[standing[better]] = found[better]
                     best_margin[standing[better]] = reached[better]
@@ -201,7 +200,7 @@ class Transfer:
         """See ``drs.attacks.contract.Attack``; ``model`` plays no part."""
         (objective,) = FAMILIES["margin"](images, labels)
         # The iterate that fools the source by the widest margin crosses over best, so nothing is dropped.
-        best, _, _ = climb(
+        best, _, _, _ = climb(
             self.source, images, labels, epsilon, objective, norm=self.norm, steps=self.steps,
             relative_step_size=self.relative_step_size, start=images, drop_fallen=False,
         )  # fmt: skip

@@ -88,7 +88,7 @@ def table_rows(models: Sequence[int] = MODELS, repeats: int = 1) -> Iterator[Row
     }
     frames = [made_up_models(count) for count in models]
     for name, table in tables.items():
-        calls = [lambda frame=frame, table=table: table(frame) for frame in frames]  # type: ignore[misc]
+        calls = [lambda frame=frame, table=table: table(frame) for frame in frames]
         seconds = np.median(time_in_turn(calls, repeats, warmup=0), axis=0)
         yield from _curve(f"table of {name}", models, "models", "s", list(seconds), repeats=repeats)
 

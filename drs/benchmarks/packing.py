@@ -16,7 +16,6 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from drs.checkpoints import build_model_of
 from drs.config import TrainConfig
 from drs.data import LabelledImages, iterate_batches
-from drs.losses import DRSoftmaxLoss
 from drs.optimisation import build_optimizer, build_schedule
 
 
@@ -26,6 +25,14 @@ class _Stacks(nn.Module):
     def __init__(self, stacks: dict[str, Tensor]) -> None:
         super().__init__()
         self.stacks = nn.ParameterList(stacks.values())
+
+
+def _penalty(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum over the batch of ``drs.losses.distribution_penalty``, in operations that can be vectorised."""
+    is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+    values = F.log_softmax(logits, dim=1).masked_fill(is_label, 0.0)
+    mean = values.sum(dim=1, keepdim=True) / (logits.shape[1] - 1)
+    return (values - mean).masked_fill(is_label, 0.0).square().sum()
 
 
 def fit_packed(configs: Sequence[TrainConfig], training: LabelledImages, device: torch.device) -> list[nn.Module]:
@@ -60,17 +67,18 @@ def fit_packed(configs: Sequence[TrainConfig], training: LabelledImages, device:
         models.append(build_model_of(config).to(device).train())
     stacks, buffers = stack_module_state(models)
     shape = copy.deepcopy(models[0]).to("meta")
-    optimizer = build_optimizer(_Stacks(stacks), first.optim)
+    holder = _Stacks(stacks)
+    stacks = dict(zip(stacks, holder.stacks, strict=True))
+    optimizer = build_optimizer(holder, first.optim)
     steps = len(training) // first.batch_size
     schedule = build_schedule(optimizer, first.optim, steps * first.epochs)
     scale = torch.tensor(weights, device=device)
-    penalty = DRSoftmaxLoss(weight=1.0, ce_weight=0.0)
 
     def value(
         parameters: dict[str, Tensor], constants: dict[str, Tensor], images: Tensor, labels: Tensor, weight: Tensor
     ) -> Tensor:
         logits = functional_call(shape, (parameters, constants), (images,))
-        return F.cross_entropy(logits, labels) + weight * penalty.eager(logits, labels)
+        return F.cross_entropy(logits, labels) + weight * _penalty(logits, labels)
 
     gradients = vmap(grad(value))
     orders = [torch.Generator().manual_seed(config.seed) for config in configs]
