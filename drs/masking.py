@@ -18,6 +18,9 @@ MASKING_CHECKS = (
 """Checks whose failure means that the attack was misled by the model, rather than that it was too short."""
 
 
+_ROUNDING = 1e-12  # of a mean of shares that is 0
+
+
 class Gain(NamedTuple):
     """A mean difference to cross-entropy over ``n`` pairs of seeds, with its 95 % t interval (shares of samples)."""
 
@@ -94,10 +97,13 @@ def _gain(values: pd.Series) -> Gain:
 
 
 def survival(gains: pd.DataFrame) -> Survival:
-    """Return how much of the PGD gain is left under the worst case, from ``paired_gains``."""
+    """Return how much of the PGD gain is left under the worst case, from ``paired_gains``.
+
+    Where the mean under PGD is no gain there is nothing of which a share could be left, and the share is NaN.
+    """
     complete = gains[["pgd", "worst"]].dropna()
     pgd, worst = _gain(complete["pgd"]), _gain(complete["worst"])
-    if not pgd.n or pgd.difference == 0:
+    if not pgd.difference > _ROUNDING:
         return Survival(pgd, worst, math.nan, math.nan, math.nan)
     low, high = fieller_interval(complete["worst"].to_numpy(), complete["pgd"].to_numpy())
     return Survival(pgd, worst, worst.difference / pgd.difference, low, high)

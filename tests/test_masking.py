@@ -85,6 +85,15 @@ def test_gains_are_paired_by_seed_on_the_same_images() -> None:
     assert math.isnan(survival(paired_gains(table, "dr_softmax", 0.02)).share)
 
 
+def test_a_loss_under_pgd_leaves_no_share_of_a_gain() -> None:
+    worse = pd.DataFrame({"pgd": [-0.04, -0.05, -0.03], "worst": [-0.08, -0.06, -0.07]})
+    left = survival(worse)
+    assert left.pgd.difference == pytest.approx(-0.04)
+    assert all(math.isnan(value) for value in left[2:])
+    better = survival(-worse)
+    assert better.share == pytest.approx(1.75)
+
+
 @pytest.mark.parametrize(
     ("own", "baseline", "counts"),
     [
