@@ -39,7 +39,8 @@ def _ratio(numerator: Array, left: Array, right: Array) -> Array:
         return np.clip(np.where(denominator > 0, numerator / denominator, np.nan), -1.0, 1.0)
 
 
-def _chunks(total: int, values_each: int) -> Iterator[slice]:
+def chunks(total: int, values_each: int) -> Iterator[slice]:
+    """Cut ``total`` resamples of ``values_each`` numbers into parts that fit the memory."""
     size = max(1, _CHUNK_VALUES // max(values_each, 1))
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
@@ -63,25 +64,34 @@ def _ties(column: Array) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[
 
 
 def _resampled_ranks(columns: Array, counts: Array) -> Array:
-    """``[n, C]`` and ``[B, n]`` -> ``[B, n, C]``: twice the centred rank of each row within each resample.
+    """``[n, C]`` and ``[B, n]`` -> ``[B, C, n]``: twice the centred rank of each row within each resample.
 
     The rank of a value, ties averaged, is half of how many drawn values lie below it less how many lie above it, up to
     a constant; so ranks are exact whole numbers here, and the values are sorted once for all resamples.
     """
-    ranks = np.empty((*counts.shape, columns.shape[1]))
+    # Resamples are the last axis on the way: whole rows are moved and added then, not single numbers.
+    counts_of_row = np.ascontiguousarray(counts.T)
+    ranks = np.empty((len(counts), columns.shape[1], len(columns)))
+    drawn = np.zeros((len(columns) + 1, len(counts)))
+    place = np.empty(len(columns), dtype=np.int64)
     for position, column in enumerate(columns.T):
         order, begins, ends = _ties(column)
-        drawn = np.concatenate([np.zeros((len(counts), 1)), np.cumsum(counts[:, order], axis=1)], axis=1)
-        ranks[:, order, position] = drawn[:, begins] + drawn[:, ends] - drawn[:, -1:]
+        place[order] = np.arange(len(column))
+        np.cumsum(counts_of_row[order], axis=0, out=drawn[1:])
+        twice = drawn[begins[place]]
+        twice += drawn[ends[place]]
+        twice -= drawn[-1]
+        ranks[:, position] = twice.T
     return ranks
 
 
 def _spearman(left: Array, right: Array, counts: Array) -> Array:
-    ranks_left, ranks_right = _resampled_ranks(left, counts), _resampled_ranks(right, counts)
-    weighted = ranks_left * counts[:, :, None]
-    numerator = weighted.transpose(0, 2, 1) @ ranks_right
-    squares_right = (ranks_right**2 * counts[:, :, None]).sum(axis=1)
-    return _ratio(numerator, (weighted * ranks_left).sum(axis=1), squares_right)
+    ranks_left = _resampled_ranks(left, counts)
+    ranks_right = ranks_left if right is left else _resampled_ranks(right, counts)
+    drawn = counts[:, None, :]
+    numerator = (ranks_left * drawn) @ ranks_right.transpose(0, 2, 1)
+    squares = [(ranks**2 @ counts[:, :, None])[..., 0] for ranks in (ranks_left, ranks_right)]
+    return _ratio(numerator, *squares)
 
 
 def _kendall(left: Array, right: Array, counts: Array) -> Array:
@@ -170,7 +180,7 @@ def coefficients(
     if "kendall" in methods and n > LARGE:
         found["kendall"] = _kendall(left, right, counts)
     parts: dict[str, list[Array]] = {method: [] for method in methods if method not in found}
-    for chunk in _chunks(len(counts), cost):
+    for chunk in chunks(len(counts), cost):
         spearman = _spearman(left, right, counts[chunk])
         if "spearman" in parts:
             parts["spearman"].append(spearman)
@@ -203,7 +213,7 @@ def permuted_coefficients(left: Array, right: Array, orders: NDArray[np.int64]) 
         return {method: values.transpose(0, 2, 1) for method, values in swapped.items()}
     n, columns = left.shape
     large = n > LARGE
-    ranks = [_resampled_ranks(side, np.ones((1, n)))[0] for side in (left, right)]
+    ranks = [_resampled_ranks(side, np.ones((1, n)))[0].T for side in (left, right)]
     sides = {"spearman": (ranks[0], ranks[1]), "pearson": (_standard(left), _standard(right))}
     result = {method: np.empty((len(orders), columns, right.shape[1])) for method in METHODS}
     if not large:
@@ -211,7 +221,7 @@ def permuted_coefficients(left: Array, right: Array, orders: NDArray[np.int64]) 
         signs_left = _signs(left)
         kendall_right = _signs(right)[:, first, second].T
         pairs_left = signs_left[:, first, second]
-    for chunk in _chunks(len(orders), columns * n if large else columns * max(n * (n - 1) // 2, n) + n * n):
+    for chunk in chunks(len(orders), columns * n if large else columns * max(n * (n - 1) // 2, n) + n * n):
         order = orders[chunk]
         for method, (values_left, values_right) in sides.items():
             numerator = values_left.T[:, order].transpose(1, 0, 2) @ values_right

@@ -13,7 +13,15 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from drs.coefficients import Array, bca_interval, coefficients, draw_counts, draw_permutations, permutation_p
+from drs.coefficients import (
+    Array,
+    bca_interval,
+    chunks,
+    coefficients,
+    draw_counts,
+    draw_permutations,
+    permutation_p,
+)
 from drs.correlation import benjamini_hochberg
 from drs.selection import accuracy_columns, group_models, standard_models
 
@@ -89,7 +97,8 @@ def freedman_lane(controls: Array, left: Array, right: Array, orders: NDArray[np
     together = np.concatenate([left_residuals, basis], axis=1)
     # The fitted part is orthogonal to the left residuals and vanishes in the second regression: only what the basis
     # explains of the permuted residuals has to be taken off their length.
-    products = together.T @ right_residuals[orders]
+    parts = [together.T @ right_residuals[orders[chunk]] for chunk in chunks(len(orders), right_residuals.size)]
+    products = np.concatenate(parts)
     numerator, explained = products[:, : left.shape[1]], products[:, left.shape[1] :]
     squares = np.maximum((right_residuals**2).sum(axis=0) - (explained**2).sum(axis=1), 0.0)
     lengths = np.sqrt((left_residuals**2).sum(axis=0))[None, :, None] * np.sqrt(squares)[:, None, :]
