@@ -53,12 +53,16 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
         failed = set(group.loc[has_failed(group), "run_id"])
         for setting in settings(group):
             style = {**setting_style(*setting), "linestyle": "none"}
-            for run_id in of_setting(group, setting)["run_id"].unique():
-                time, (pgd, worst, n) = seconds[run_id], means.loc[run_id]
-                low, high = 100 * wilson_interval([worst], [n])[:, 0]
+            own = of_setting(group, setting)["run_id"].unique()
+            for hollow in (False, True):
+                same = [run_id for run_id in own if (run_id in failed) == hollow]
+                if not same:
+                    continue
+                time, (pgd, worst, n) = seconds.loc[same], means.loc[same, ["pgd", "worst", "n"]].to_numpy().T
+                low, high = 100 * wilson_interval(worst, n)
                 axis.vlines(time, low, high, color=style["color"], linewidth=0.8, alpha=0.5)
-                axis.plot(time, 100 * pgd, color=style["color"], marker="_", markersize=7, markeredgewidth=1.4)
-                hollow = run_id in failed
+                dash = {"color": style["color"], "marker": "_", "linestyle": "none"}
+                axis.plot(time, 100 * pgd, **dash, markersize=7, markeredgewidth=1.4)
                 face = _HOLLOW if hollow else {"markeredgecolor": "white", "markeredgewidth": 0.4}
                 axis.plot(time, 100 * worst, **style, **face)
         axis.set_xscale("log")

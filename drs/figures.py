@@ -89,20 +89,24 @@ def statistic_vs_accuracy(
     out = is_excluded(rows)
     values = rows[f"stat.{statistic}"]
     log = bool((values.dropna() > 0).all() and values.max() > 20 * values.min())
+    failed = has_failed(rows)
     for axis, attack in zip(axes, shown, strict=True):
-        for (_, row), value, crossed, failed in zip(rows.iterrows(), values, out, has_failed(rows), strict=True):
-            share, n = row[f"acc.{attack}@mean"], counts.get((row["run_id"], attack), row["n_attacked"])
-            if pd.isna(share) or pd.isna(value):
-                continue
-            style = setting_style(row["loss"], row["loss_weight"])
-            if crossed:
-                style = {"color": EXCLUDED_COLOUR, "marker": "x"}
-            low, high = 100 * wilson_interval([share], [n])[:, 0]
-            axis.vlines(value, low, high, color=style["color"], linewidth=0.8, alpha=0.7)
+        share = rows[f"acc.{attack}@mean"]
+        attacked = pd.Series([counts.get((run_id, attack)) for run_id in rows["run_id"]], rows.index, dtype=float)
+        points = pd.DataFrame({
+            "value": values, "share": share, "n": attacked.fillna(rows["n_attacked"]), "loss": rows["loss"],
+            "loss_weight": rows["loss_weight"], "crossed": out, "failed": failed,
+        }).dropna(subset=["value", "share"])  # fmt: skip
+        # All points of one look at once: an artist for each of thousands of models takes minutes to draw.
+        looks = points.groupby(["loss", "loss_weight", "crossed", "failed"], sort=False, dropna=False)
+        for (loss, weight, crossed, hollow), same in looks:
+            style = {"color": EXCLUDED_COLOUR, "marker": "x"} if crossed else setting_style(str(loss), weight)
+            low, high = 100 * wilson_interval(same["share"], same["n"])
+            axis.vlines(same["value"], low, high, color=style["color"], linewidth=0.8, alpha=0.7)
             edge: dict[str, Any] = {} if crossed else {"markeredgecolor": "white", "markeredgewidth": 0.4}
-            if failed and not crossed:  # hollow: a sanity check of this model failed
+            if hollow and not crossed:  # a sanity check of these models failed
                 edge = {"markerfacecolor": "white", "markeredgecolor": style["color"]}
-            axis.plot(value, 100 * share, **{**style, **edge, "linestyle": "none"})
+            axis.plot(same["value"], 100 * same["share"], **{**style, **edge, "linestyle": "none"})
         axis.margins(x=0.08)
         if log:
             axis.set_xscale("log")

@@ -16,9 +16,11 @@ from synthetic import study_tables
 from drs.comparators import comparator_table
 from drs.figure_plan import KINDS, plan_figures
 from drs.figure_style import (
+    EXCLUDED_COLOUR,
     attacks,
     of_group,
     of_setting,
+    records,
     setting_label,
     setting_style,
     settings,
@@ -145,16 +147,34 @@ def test_summary_shows_both_gains_and_the_time_of_each_row(drawn: dict[str, Figu
 def test_points_are_the_table(drawn: dict[str, Figure]) -> None:
     figure = drawn["statistic_vs_accuracy-nonlabel_var_log-mnist-lenet"]
     axis = next(axis for axis in figure.axes if axis.get_title().startswith("PGD"))
-    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines}
+    points = {
+        (x, y): line.get_color() for line in axis.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    }
     rows = TABLES["models"][TABLES["models"]["data"] == "mnist"]
     assert len(points) == len(rows) == 24
-    for x, y in zip(rows["stat.nonlabel_var_log"], 100 * rows["acc.pgd@mean"], strict=True):
-        assert any(np.isclose(x, px) and np.isclose(y, py) for px, py in points)
-    assert sum(line.get_marker() == "x" for line in axis.lines) == 1  # the excluded model
+    for row in records(rows.rename(columns={"stat.nonlabel_var_log": "x", "acc.pgd@mean": "y"})):
+        colour = EXCLUDED_COLOUR if isinstance(row.excluded, str) else setting_style(row.loss, row.loss_weight)["color"]
+        assert any(np.allclose((row.x, 100 * row.y), point) and found == colour for point, found in points.items())
+    crosses = [line for line in axis.lines if line.get_marker() == "x"]
+    assert [len(line.get_xdata()) for line in crosses] == [1]  # the excluded model
     row = TABLES["correlations"].query(
         "data == 'mnist' and statistic == 'nonlabel_var_log' and attack == 'pgd@mean' and method == 'spearman'"
     )
     assert f"ρ = {row['coefficient'].item():.2f}".replace("-", "−") in axis.get_title()
+
+
+def test_models_that_fail_a_check_are_hollow_and_the_artists_few_however_many_models() -> None:
+    models = TABLES["models"].query("data == 'cifar10'").assign(failed_checks="")
+    models.iloc[[1, 4], models.columns.get_loc("failed_checks")] = "zero_gradient"
+    many = pd.concat([models.assign(run_id=models["run_id"] + f"-{copy}") for copy in range(20)], ignore_index=True)
+    arguments = TABLES["accuracy"], TABLES["correlations"], "nonlabel_var_log", "cifar10", "smallcnn"
+    drawn = [statistic_vs_accuracy(rows, *arguments).axes[0] for rows in (models, many)]
+    for axis, copies in zip(drawn, (1, 20), strict=True):
+        hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+        heights = np.concatenate([line.get_ydata() for line in hollow])
+        expected = np.repeat(100 * models["acc.fgsm@mean"].iloc[[1, 4]], copies)
+        assert np.allclose(np.sort(heights), np.sort(expected))
+    assert len(drawn[0].lines) == len(drawn[1].lines)
 
 
 def test_bars_are_wilson_intervals_of_the_attacked_images(drawn: dict[str, Figure]) -> None:
