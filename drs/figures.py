@@ -99,8 +99,9 @@ def statistic_vs_accuracy(
         }).dropna(subset=["value", "share"])  # fmt: skip
         # All points of one look at once: an artist for each of thousands of models takes minutes to draw.
         looks = points.groupby(["loss", "loss_weight", "crossed", "failed"], sort=False, dropna=False)
-        for (loss, weight, crossed, hollow), same in looks:
-            style = {"color": EXCLUDED_COLOUR, "marker": "x"} if crossed else setting_style(str(loss), weight)
+        for (*_, crossed, hollow), same in looks:
+            setting = str(same["loss"].iloc[0]), float(same["loss_weight"].iloc[0])
+            style = {"color": EXCLUDED_COLOUR, "marker": "x"} if crossed else setting_style(*setting)
             low, high = 100 * wilson_interval(same["share"], same["n"])
             axis.vlines(same["value"], low, high, color=style["color"], linewidth=0.8, alpha=0.7)
             edge: dict[str, Any] = {} if crossed else {"markeredgecolor": "white", "markeredgewidth": 0.4}
