@@ -90,6 +90,8 @@ _ATTACKS = {
 }
 IN_PANELS = ("fgsm", "pgd", "cw_torchattacks", "cw", "margin_pgd", "targeted_pgd", "worst_linf", "worst_l2")
 """Attacks that get a panel where a figure has one per attack; the others are in the tables."""
+MOST_SETTINGS = 20
+"""How many losses and weights of a group a report lists; a sweep may have a hundred."""
 MARK = "†"  # after a setting of which a model fails a sanity check
 STATISTICS = {
     "nonlabel_var_log": "variance of log p over the non-label classes (nat²)",
@@ -158,6 +160,23 @@ def shown_setting(table: pd.DataFrame, loss: str = "dr_softmax") -> Setting | No
     if not weights:
         return None
     return loss, min(weights, key=lambda weight: abs(np.log(max(weight, 1e-12) / PRIMARY_WEIGHT)))
+
+
+def few_settings(table: pd.DataFrame) -> list[Setting]:
+    """Return the settings of a table, of more than ``MOST_SETTINGS`` that many: the first and the last, the one closest
+    to the published weight, and others at even distances between."""
+    every = settings(table)
+    if len(every) <= MOST_SETTINGS:
+        return every
+    picked = {round(position) for position in np.linspace(0, len(every) - 1, MOST_SETTINGS - 1)}
+    published = shown_setting(table)
+    return [own for position, own in enumerate(every) if position in picked or own == published]
+
+
+def not_shown(table: pd.DataFrame, name: str) -> str:
+    """Say how many settings of a table ``few_settings`` shows and which csv has all; nothing where it shows all."""
+    every, few = len(settings(table)), len(few_settings(table))
+    return f"{few} of {every} losses and weights are shown; all are in tables/{name}.csv." if few < every else ""
 
 
 def of_setting(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:

@@ -208,8 +208,10 @@ class _Reordered:
         (line, place), (to_line, to_place) = (seeds, settings), (orders.rows, orders.columns)
         if self.by_column:
             (line, place), (to_line, to_place) = (settings, seeds), (orders.columns, orders.rows)
-        found: Index = (to_line[:, line[0, 0]] * self.length + to_place.T[place[0]]) * self.length
-        found += to_place.T[place[1]]
+        # Orders are the last axis: whole rows are moved and added then, not single numbers.
+        to_place = np.ascontiguousarray(to_place.T)
+        found: Index = (to_place * self.length + to_line[:, line[0, 0]] * self.length**2).take(place[0], axis=0)
+        found += to_place.take(place[1], axis=0)
         return found
 
 
@@ -229,11 +231,11 @@ def permuted_coefficients(grid: Grid, left: Signs, pairs: Pairs, orders: Orders)
         shape = len(signs_left), len(here), n_right
         total, number_of_cells = np.zeros(shape), np.zeros(shape)
         for own in cells:
-            places = table.places(pairs, own, here)
-            products = signs_left[:, own] @ table.signs.take(places, axis=0).reshape(len(places), -1)
+            places = table.places(pairs, own, here)  # all of them inside: "clip" only leaves out the check
+            products = signs_left[:, own] @ table.signs.take(places, axis=0, mode="clip").reshape(len(places), -1)
             number: Array | float = float(len(places))
             if not complete:
-                counted = known_left[:, own] @ table.known.take(places, axis=0).reshape(len(places), -1)
+                counted = known_left[:, own] @ table.known.take(places, axis=0, mode="clip").reshape(len(places), -1)
                 number = counted.reshape(*shape[:2], -1)[..., table.pattern].astype(np.float64)
             total += products.reshape(shape) / np.maximum(number, 1)
             number_of_cells += np.greater(number, 0)

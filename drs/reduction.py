@@ -1,11 +1,12 @@
 """One run's cells -> its rows of a study's tables, kept beside the cells, so that thousands are not read every time.
 
-What is kept is used only while the run's cells, its weights, the suite and this package's code are what it was made
-from. A cell's size and time stand for its content; its digest is checked whenever it is read.
+What is kept is used only while the cells, the weights, the suite and this package's code are what it was made from. A
+cell's size and time stand for its content; its digest is checked whenever it is read.
 """
 
 import functools
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from drs.model_rows import describe, read_model
 from drs.runs import RunFolder
 from drs.sample_correlation import sample_correlation_rows
 from drs.sanity import sanity_rows
+from drs.softmax_profile import profile_rows
 from drs.suite_config import SuiteConfig, suite_epsilons
 
 MINIMAL_NORM = ("cw", "fmn_linf", "fmn_l2")
@@ -58,24 +60,70 @@ def reduce_run(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> Reduc
     Raises:
         DamagedFileError: If the file of a cell is not what was written.
     """
-    kept = run.path / "eval" / f".reduction-{suite.name}.json"
-    key = _key(run, planned, suite)
-    try:
-        recorded = json.loads(kept.read_bytes())
+    key = _key([planned], suite)  # before the cells are read: one that is written meanwhile must not count as read
+    kept = find_reduction(run, planned, suite)
+    if kept is None:
+        kept = Reduction(**_keep(_place(run, "reduction", suite), key, asdict(_reduce(run, planned, suite))))
+    return kept
+
+
+def find_reduction(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> Reduction | None:
+    """Return what was kept of a run, if that is of just these cells."""
+    content = _find(_place(run, "reduction", suite), _key([planned], suite))
+    with suppress(TypeError):  # damaged
+        return Reduction(**content)
+    return None
+
+
+def reduce_profile(cells: list[Cell], suite: SuiteConfig) -> list[dict[str, Any]]:
+    """Return the softmax profile of a setting from the clean cells of its runs, or what was kept of just these.
+
+    Raises:
+        DamagedFileError: If the file of a cell is not what was written.
+    """
+    key = _key([[cell] for cell in cells], suite)
+    kept = find_profile(cells, suite)
+    if kept is None:
+        kept = _keep(_place(cells[0].run, "profile", suite), key, profile_rows(cells))
+    return kept
+
+
+def find_profile(cells: list[Cell], suite: SuiteConfig) -> list[dict[str, Any]] | None:
+    """Return what was kept of a setting's softmax profile, if that is of just these clean cells."""
+    content: list[dict[str, Any]] | None = _find(
+        _place(cells[0].run, "profile", suite), _key([[cell] for cell in cells], suite)
+    )
+    return content
+
+
+def _place(run: RunFolder, what: str, suite: SuiteConfig) -> Path:
+    return run.path / "eval" / f".{what}-{suite.name}.json"
+
+
+def _find(path: Path, key: str) -> Any:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or damaged: then it is made anew
+        recorded = json.loads(path.read_bytes())
         if recorded["key"] == key:
-            return Reduction(**recorded["content"])
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: then it is made anew
-        pass
+            return recorded["content"]
+    return None
+
+
+def _keep(path: Path, key: str, made: Any) -> Any:
     # The way through JSON is taken in any case, so that what is kept and what is new cannot differ.
-    content = json.dumps({"key": key, "content": asdict(_reduce(run, planned, suite))}, default=_plain)
-    with atomic_write(kept) as temporary:
+    content = json.dumps({"key": key, "content": made}, default=_plain)
+    with atomic_write(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
-    return Reduction(**json.loads(content)["content"])
+    return json.loads(content)["content"]
 
 
-def _key(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> str:
-    files = [(cell.path.name, cell.path.stat().st_size, cell.path.stat().st_mtime_ns) for cell in planned]
-    return fingerprint([files, recorded_weights(run), asdict(suite), code_fingerprint()], 24)
+def _key(runs: list[list[Cell]], suite: SuiteConfig) -> str:
+    """Return what tells some cells of some runs from others."""
+    found = []
+    for cells in runs:
+        states = [(cell.path.name, cell.path.stat()) for cell in cells]
+        files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+        found.append([cells[0].run.run_id, files, recorded_weights(cells[0].run)])
+    return fingerprint([found, asdict(suite), code_fingerprint()], 24)
 
 
 @functools.cache

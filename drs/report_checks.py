@@ -7,13 +7,14 @@ import pandas as pd
 from drs.figure_style import (
     MARK,
     attack_label,
+    few_settings,
     groups,
     has_failed,
     included,
+    not_shown,
     of_group,
     of_setting,
     setting_label,
-    settings,
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, significant, table, whole
 from drs.sanity_checks import CHECKS
@@ -37,16 +38,17 @@ def sanity_section(sanity: pd.DataFrame) -> str:
     ]
     for data, model in groups(kept):
         group = of_group(kept, data, model)
-        shown = settings(group)
+        shown = few_settings(group)
         rows = []
         for name, check in CHECKS.items():
             cells = group[group["check"] == name]
             rows.append([escape(name), f"{100 * check.threshold:g}", *(_passes(cells, one) for one in shown)])
         headers = ["check", "at most (%)", *(escape(setting_label(*setting)) for setting in shown)]
         sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lr"))
+        sections.append(not_shown(group, "sanity"))
     meanings = [[escape(name), escape(check.meaning)] for name, check in CHECKS.items()]
     sections.append("### What is checked\n\n" + table(["check", "figure"], meanings, align="l"))
-    return "\n\n".join(sections)
+    return "\n\n".join(filter(None, sections))
 
 
 def _passes(cells: pd.DataFrame, setting: tuple[str, float]) -> str:
@@ -65,8 +67,8 @@ def _name(rows: pd.DataFrame, row: Any) -> str:
 
 
 def _in_order(group: pd.DataFrame) -> list[tuple[Any, pd.Series]]:
-    """Return the rows of a group in the order in which figures list their settings."""
-    return [item for setting in settings(group) for item in of_setting(group, setting).iterrows()]
+    """Return the rows of a group, of many some, in the order in which figures list their settings."""
+    return [item for setting in few_settings(group) for item in of_setting(group, setting).iterrows()]
 
 
 def _with_sd(row: pd.Series, name: str, scale: float) -> str:
@@ -114,7 +116,8 @@ def masking_section(comparators: pd.DataFrame) -> str:
             )
         headers = ["loss", "n pairs", "images", "PGD", "worst case L∞", "share left", "failed checks (models)"]
         sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lrrrrrl"))
-    return "\n\n".join(sections)
+        sections.append(not_shown(group, "comparators"))
+    return "\n\n".join(filter(None, sections))
 
 
 def comparator_section(comparators: pd.DataFrame) -> str:
@@ -141,4 +144,5 @@ def comparator_section(comparators: pd.DataFrame) -> str:
             cells = [_with_sd(row, name, scale) for name, scale in columns.values()]
             rows.append([_name(group.loc[[index]], row), whole(row["n_seeds"]), *cells])
         sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n seeds", *columns], rows))
-    return "\n\n".join(sections)
+        sections.append(not_shown(group, "comparators"))
+    return "\n\n".join(filter(None, sections))

@@ -7,13 +7,14 @@ import pandas as pd
 from drs.figure_style import (
     attack_label,
     attacks,
+    few_settings,
     groups,
     included,
     marked_label,
+    not_shown,
     of_group,
     of_setting,
     records,
-    settings,
     span,
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, mean_sd, probability, table, whole
@@ -148,12 +149,13 @@ def sample_correlation_section(sample_correlations: pd.DataFrame) -> str:
     kept = kept[kept["statistic"].isin(shown)]
     if kept.empty:
         return "No attack looked for minimal perturbations."
-    rows = []
+    rows, notes = [], []
     for data, model in groups(kept):
         group = of_group(kept, data, model)
+        notes.append(not_shown(group, "sample_correlations"))
         for attack in attacks(group["attack"]):
             at = group[group["attack"] == attack]
-            for setting in settings(at):
+            for setting in few_settings(at):
                 cells = of_setting(at, setting)
                 one = cells[cells["statistic"] == cells["statistic"].iloc[0]]  # counts are the same for every one
                 rows.append(
@@ -168,4 +170,4 @@ def sample_correlation_section(sample_correlations: pd.DataFrame) -> str:
         "those on which the attack found nothing, are left out; the latter are counted (not found, over all models)."
     )
     headers = ["group", "attack", "loss", "n models", "images each", "not found", escape(PRIMARY_STATISTIC), MARGIN]
-    return intro + "\n\n" + table(headers, rows, align="lllr")
+    return "\n\n".join(filter(None, [intro, table(headers, rows, align="lllr"), *dict.fromkeys(notes)]))

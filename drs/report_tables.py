@@ -9,14 +9,15 @@ from drs.figure_style import (
     IN_PANELS,
     attack_label,
     attacks,
+    few_settings,
     groups,
     included,
     marked_label,
+    not_shown,
     of_group,
     of_setting,
     records,
     setting_label,
-    settings,
     span,
 )
 from drs.markdown import (
@@ -50,13 +51,13 @@ def models_section(models: pd.DataFrame) -> str:
                 columns[f"median norm, {attack_label(name.removeprefix('norm.'))}"] = (name, 1.0, None)
         columns["training (s)"] = ("train_seconds", 1.0, None)
         rows = []
-        for setting in settings(group):
+        for setting in few_settings(group):
             seeds = of_setting(group, setting)
             cells = [mean_sd(seeds[name], scale=scale, digits=digits) for name, scale, digits in columns.values()]
             rows.append([escape(marked_label(group, setting)), str(seeds["seed"].nunique()), *cells])
         body = table(["loss", "n seeds", *columns], rows) if rows else "Every model is excluded."
-        sections.append(f"### {group_name(data, model)}\n\n{body}")
-    return "\n\n".join(sections)
+        sections += [f"### {group_name(data, model)}\n\n{body}", not_shown(group, "models")]
+    return "\n\n".join(filter(None, sections))
 
 
 def accuracy_section(accuracy: pd.DataFrame) -> str:
@@ -68,7 +69,7 @@ def accuracy_section(accuracy: pd.DataFrame) -> str:
     ]
     for data, model in groups(accuracy):
         group = included(of_group(accuracy, data, model))
-        shown = settings(group)
+        shown = few_settings(group)
         rows = []
         cumulative = set(group.loc[group["cumulative"].astype(str) == "True", "attack"])
         for attack in attacks(group["attack"]):
@@ -80,8 +81,8 @@ def accuracy_section(accuracy: pd.DataFrame) -> str:
                 epsilon = "" if attack == "clean" else "∞" if label == "inf" else escape(label)
                 rows.append([name, epsilon, *values, span(at["n"])])
         headers = ["attack", "ε", *(escape(marked_label(group, setting)) for setting in shown), "n images"]
-        sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows))
-    return "\n\n".join(sections)
+        sections += [f"### {group_name(data, model)}\n\n" + table(headers, rows), not_shown(group, "accuracy")]
+    return "\n\n".join(filter(None, sections))
 
 
 def differences_section(differences: pd.DataFrame) -> str:
@@ -100,7 +101,7 @@ def differences_section(differences: pd.DataFrame) -> str:
             name for name in attacks(group["attack"].astype(str)) if name.partition("@")[0].partition(".")[0] in kept
         ]
         rows = []
-        for setting in settings(group):
+        for setting in few_settings(group):
             cells = of_setting(group, setting).set_index("attack")
             row = [escape(marked_label(group, setting)), span(cells["n_pairs"])]
             for name in columns:
@@ -121,7 +122,8 @@ def differences_section(differences: pd.DataFrame) -> str:
             for name in columns
         ]
         sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n pairs", *names], rows))
-    return "\n\n".join(sections)
+        sections.append(not_shown(group, "paired_differences"))
+    return "\n\n".join(filter(None, sections))
 
 
 def _coefficient(row: Any) -> str:
@@ -181,11 +183,13 @@ def landing_section(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> st
     kept = landing_rows(landing, landing_matrices)
     if kept.empty:
         return "No attack was examined for where it lands."
+    notes = []
     for data, model in groups(kept):
         group = of_group(kept, data, model)
+        notes.append(not_shown(group, "landing"))
         for attack in [name for name in attacks(group["attack"]) if name in IN_PANELS]:
             at = group[group["attack"] == attack]
-            for setting in settings(at):
+            for setting in few_settings(at):
                 cells = of_setting(at, setting)
                 rows.append(
                     [
@@ -205,7 +209,7 @@ def landing_section(landing: pd.DataFrame, landing_matrices: pd.DataFrame) -> st
         "the confusion after the attack (off-diagonal cells); mean ± standard deviation over models. The other "
         "epsilons are in tables/landing.csv."
     )
-    return intro + "\n\n" + table(headers, rows, align="lllr")
+    return "\n\n".join(filter(None, [intro, table(headers, rows, align="lllr"), *dict.fromkeys(notes)]))
 
 
 def timing_section(timing: pd.DataFrame) -> str:

@@ -21,6 +21,9 @@ from drs.figure_style import (
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, significant, table, whole
 
+MOST_RUNS = 50
+"""How many single runs a list in the report has at most."""
+
 _SCORING = """\
 Robust accuracy is the share of **all** attacked samples that are still classified right after the attack; a sample
 that is wrong when clean counts as a failure. Every adversarial batch is checked to be finite, inside the pixel range
@@ -105,9 +108,11 @@ def failures_section(failures: pd.DataFrame, models: pd.DataFrame) -> str:
     headers = ["group", "loss", "seed", "reason"]
     failed_rows = [
         [*_who(r), escape(r.reason) + ("" if pd.isna(r.epoch) else f" (epoch {whole(r.epoch)})")]
-        for r in records(failures)
+        for r in records(failures.iloc[:MOST_RUNS])
     ]
-    out_rows = [[*_who(r), f"{escape(r.excluded)} (clean {percent(r.clean_accuracy)} %)"] for r in records(out)]
+    out_rows = [
+        [*_who(r), f"{escape(r.excluded)} (clean {percent(r.clean_accuracy)} %)"] for r in records(out.iloc[:MOST_RUNS])
+    ]
     failed = (
         f"{count(len(failures), 'run')} failed, or {'has' if len(failures) == 1 else 'have'} no whole evaluation, and "
         f"enter{'s' if len(failures) == 1 else ''} no table as a model."
@@ -120,10 +125,17 @@ def failures_section(failures: pd.DataFrame, models: pd.DataFrame) -> str:
         [
             failed if failed_rows else "No run failed.",
             *([table(headers, failed_rows, align="llrl")] if failed_rows else []),
+            *_others(len(failures), "failures"),
             kept_out if out_rows else f"None of the {count(len(models), 'finished model')} is excluded.",
             *([table(headers, out_rows, align="llrl")] if out_rows else []),
+            *_others(len(out), "models"),
         ]
     )
+
+
+def _others(number: int, name: str) -> list[str]:
+    """Say that a list of runs goes on in a table."""
+    return [f"The other {number - MOST_RUNS} are in tables/{name}.csv."] if number > MOST_RUNS else []
 
 
 def _who(row: Any) -> list[str]:
@@ -211,12 +223,14 @@ def scoring_section(provenance: dict[str, Any]) -> str:
     if n_decisive := provenance.get("n_decisive"):
         parts.append(f"Samples of the attacks at the decisive epsilons: {escape(_value(n_decisive))}.")
     if halved := provenance.get("batches_halved"):
-        rows = [[escape(cell), escape(sizes)] for cell, sizes in halved.items()]
+        rows = [[escape(cell), escape(sizes)] for cell, sizes in list(halved.items())[:MOST_RUNS]]
         parts.append(
             "A GPU's memory ran out under these attacks, and they went on in smaller batches. Random starts are drawn "
             "batch by batch and CW (torchattacks) stops on the total over a batch, so that these figures need not "
             "repeat exactly on another machine.\n\n" + table(["run and attack", "samples per batch"], rows, align="l")
         )
+        if len(halved) > MOST_RUNS:
+            parts.append(f"The other {len(halved) - MOST_RUNS} are in provenance.json.")
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")
     return "\n\n".join(parts)

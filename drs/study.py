@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,6 +19,7 @@ from drs.correlation import correlation_table
 from drs.device import choose_device
 from drs.errors import DamagedFileError, UserError
 from drs.evaluation import POLL_SECONDS, StudyEvaluation, redo_damaged
+from drs.evaluation_workers import MAX_WORKERS, available_cores
 from drs.files import remove_leftovers
 from drs.granulated import granulated_table
 from drs.paired import paired_difference_table
@@ -94,15 +96,20 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEva
     Raises:
         UserError: If a file is damaged again after that, or cannot be written.
     """
+    workers = config.workers or min(available_cores(), MAX_WORKERS)
+
+    def reduced(found: StudyEvaluation) -> tuple[dict[str, pd.DataFrame], dict[Path, dict[str, Any]]]:
+        return build_tables(found.cells, config.suite, found.folder, found.failures, workers)
+
     try:
-        tables, abouts = build_tables(evaluation.cells, config.suite, evaluation.folder, evaluation.failures)
+        tables, abouts = reduced(evaluation)
     except DamagedFileError:
         evaluation = redo_damaged(evaluation, config)
         if not evaluation.cells:
             raise UserError(
                 f"study={config.study}: no run could be evaluated: {evaluation.failures[0].error}"
             ) from None
-        tables, abouts = build_tables(evaluation.cells, config.suite, evaluation.folder, evaluation.failures)
+        tables, abouts = reduced(evaluation)
     study = evaluation.folder
     (study / STAMP).unlink(missing_ok=True)
     device = choose_device(config.device)

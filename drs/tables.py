@@ -4,29 +4,29 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from drs.cells import Cell, by_run, read_cells
+from drs.cells import Cell, by_run
 from drs.config import TrainConfig, procedure_name
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 from drs.landing import mean_matrices
 from drs.model_rows import describe
-from drs.reduction import reduce_run
 from drs.run_failures import RunFailure
 from drs.runs import RunFolder, iterate_runs
 from drs.sanity import failed_checks
+from drs.setting_reduction import reduce_settings
 from drs.suite_config import SuiteConfig
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 
 def build_tables(
-    cells: list[Cell], suite: SuiteConfig, study: Path, failures: Sequence[RunFailure] = ()
+    cells: list[Cell], suite: SuiteConfig, study: Path, failures: Sequence[RunFailure] = (), workers: int = 1
 ) -> tuple[dict[str, pd.DataFrame], dict[Path, dict[str, Any]]]:
     """Reduce a study's arrays to its tables, all but the correlations, differences and claims.
 
@@ -35,6 +35,7 @@ def build_tables(
         suite: The suite they belong to.
         study: The study's folder, for training metrics and runs without a model.
         failures: Finished runs that could not be evaluated.
+        workers: How many processes may read the arrays, where there are many.
 
     Returns:
         The tables by name, and what each cell says about itself, by its path.
@@ -45,33 +46,29 @@ def build_tables(
     abouts: dict[Path, dict[str, Any]] = {}
     models, accuracy, worst, sanity, landing, samples, training = [], [], [], [], [], [], []
     profiles: list[dict[str, Any]] = []
-    parts: list[np.ndarray] = []
     matrices: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
-    # Runs of one setting come together: a softmax profile takes all their samples, and thousands of runs' are too many.
-    groups = sorted(by_run(cells), key=lambda item: _group(describe(item[0].run_id, item[1][0].train)))
-    for position, (run, planned) in enumerate(groups):
-        config = planned[0].train
-        reduced = reduce_run(run, planned, suite)
-        abouts |= {cell.path: reduced.abouts[cell.path.name] for cell in planned}
-        named = describe(run.run_id, config)
-        state = {"excluded": reduced.row["excluded"]}
-        failed = {"failed_checks": failed_checks(reduced.sanity)}
-        procedure = {"procedure": procedure_name(config)}
-        train_seconds = {"train_seconds": run.status().get("train_seconds", math.nan)}
-        models.append({**reduced.row, **train_seconds, **procedure, **failed, **state})
-        accuracy += [{**named, **item, **state} for item in reduced.accuracy]
-        worst += [{**named, **procedure, **item, **state, **failed} for item in reduced.worst]
-        sanity += [{**named, **item, **state} for item in reduced.sanity]
-        landing += [{**named, **item, **state} for item in reduced.landing]
-        samples += [{**named, **item, **state} for item in reduced.samples]
-        for attack, label, pair in reduced.matrices:
-            matrices[(*_group(named), attack, label)].append(np.array(pair, dtype=float))
-        parts.append(_nonlabel_sorted(read_cells(run, planned[:1])[planned[0].path]))
-        following = groups[position + 1][1][0] if position + 1 < len(groups) else None
-        if following is None or _group(describe("", following.train)) != _group(named):
-            profiles += _profile_rows(_group(named), parts)
-            parts = []
-        training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
+    named_runs = [(describe(run.run_id, planned[0].train), run, planned) for run, planned in by_run(cells)]
+    named_runs.sort(key=lambda item: _group(item[0]))
+    settings = [list(members) for _, members in groupby(named_runs, key=lambda item: _group(item[0]))]
+    reductions = reduce_settings([[planned for *_, planned in setting] for setting in settings], suite, workers)
+    for setting, together in zip(settings, reductions, strict=True):
+        profiles += [{**_setting_names(setting[0][0]), **row} for row in together.profile]
+        for (named, run, planned), reduced in zip(setting, together.runs, strict=True):
+            config = planned[0].train
+            abouts |= {cell.path: reduced.abouts[cell.path.name] for cell in planned}
+            state = {"excluded": reduced.row["excluded"]}
+            failed = {"failed_checks": failed_checks(reduced.sanity)}
+            procedure = {"procedure": procedure_name(config)}
+            train_seconds = {"train_seconds": run.status().get("train_seconds", math.nan)}
+            models.append({**reduced.row, **train_seconds, **procedure, **failed, **state})
+            accuracy += [{**named, **item, **state} for item in reduced.accuracy]
+            worst += [{**named, **procedure, **item, **state, **failed} for item in reduced.worst]
+            sanity += [{**named, **item, **state} for item in reduced.sanity]
+            landing += [{**named, **item, **state} for item in reduced.landing]
+            samples += [{**named, **item, **state} for item in reduced.samples]
+            for attack, label, pair in reduced.matrices:
+                matrices[(*_group(named), attack, label)].append(np.array(pair, dtype=float))
+            training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
     missing = pd.DataFrame(_missing_models(study, failures), columns=[*_NAMES, "reason", "epoch"])
     tables = {
         "models": _ordered(pd.DataFrame(models)),
@@ -102,8 +99,12 @@ SAMPLE_COLUMNS = [*_NAMES, "attack", "statistic", "n", "n_not_found", "coefficie
 """Of a study without an attack that looks for the smallest perturbation; others have intervals besides."""
 
 
+def _setting_names(named: dict[str, Any]) -> dict[str, Any]:
+    return {key: named[key] for key in ("data", "model", "loss", "loss_weight")}
+
+
 def _group(named: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(named[key] for key in ("data", "model", "loss", "loss_weight"))
+    return tuple(_setting_names(named).values())
 
 
 def _one_weight(matrices: dict[tuple[Any, ...], list[np.ndarray]]) -> dict[tuple[Any, ...], list[np.ndarray]]:
@@ -123,24 +124,6 @@ def _one_weight(matrices: dict[tuple[Any, ...], list[np.ndarray]]) -> dict[tuple
 def _ordered(table: pd.DataFrame) -> pd.DataFrame:
     table = table[[*_NAMES, *(name for name in table.columns if name not in _NAMES)]]
     return table.sort_values(["data", "model", "loss", "loss_weight", "seed"], kind="stable").reset_index(drop=True)
-
-
-def _nonlabel_sorted(clean: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the non-label softmax values of each sample, largest first, ``[N, K-1]``."""
-    probabilities = torch.from_numpy(clean["logits"]).double().softmax(1).numpy()
-    count, classes = probabilities.shape
-    others = probabilities[np.arange(classes) != clean["labels"][:, None]].reshape(count, classes - 1)
-    return -np.sort(-others, axis=1)
-
-
-def _profile_rows(group: tuple[Any, ...], parts: list[np.ndarray]) -> list[dict[str, Any]]:
-    named = dict(zip(("data", "model", "loss", "loss_weight"), group, strict=True))
-    low, median, high = np.quantile(np.concatenate(parts), [0.25, 0.5, 0.75], axis=0)
-    count = sum(len(part) for part in parts)
-    return [
-        {**named, "rank": rank + 1, "q25": low[rank], "median": median[rank], "q75": high[rank], "n": count}
-        for rank in range(len(median))
-    ]
 
 
 def _missing_models(study: Path, failures: Sequence[RunFailure]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import made_once
 from synthetic import PROVENANCE, study_tables, write_study
@@ -16,6 +17,7 @@ from drs.errors import UserError
 from drs.figure_style import attack_label, setting_label
 from drs.markdown import escape, probability
 from drs.report import draw_figures, plan_figures, read_tables, write_report
+from drs.report_text import failures_section
 from drs.verdicts import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +227,36 @@ def test_failed_and_excluded_are_counted_and_listed(text: str) -> None:
     failed, excluded = _tables(section)
     assert failed[1] == ["cifar10/smallcnn", "DR 0.02", "0", "diverged: the loss became nan (epoch 2)"]
     assert excluded[1][:3] == ["mnist/lenet", "DR 0.05", "3"] and "near chance" in excluded[1][3]
+
+
+def test_a_sweep_over_many_weights_is_listed_in_part_with_a_pointer_to_the_whole(
+    study: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "losses and weights are shown" not in text
+    monkeypatch.setattr("drs.figure_style.MOST_SETTINGS", 3)
+    short = write_report(study).read_text(encoding="utf-8")
+    # The ends and the published weight, and of CIFAR-10 all three.
+    few = {"CE", "DR 0.005", "DR 0.05", "DR 0.001"}
+    for title, name in {
+        "Models": "models", "Robust accuracy": "accuracy", "Sanity checks": "sanity", "All losses and procedures":
+        "comparators", "Where attacks land": "landing",
+        "Statistics and minimal perturbations, sample by sample": "sample_correlations",
+    }.items():  # fmt: skip
+        section = _section(short, title)
+        assert f"3 of 6 losses and weights are shown; all are in tables/{name}.csv." in section
+        shown = {cell.removesuffix(" †") for part in _tables(section) for row in part for cell in row}
+        assert {cell for cell in shown if re.fullmatch(r"CE|DR [0-9.]+", cell)} == few
+    write_report(study)
+
+
+def test_long_lists_of_runs_are_cut_and_counted(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drs.report_text.MOST_RUNS", 2)
+    tables = read_tables(study)
+    many = pd.concat([tables["failures"]] * 5)
+    section = failures_section(many, tables["models"])
+    assert "5 runs failed" in section and "The other 3 are in tables/failures.csv." in section
+    assert "tables/models.csv" not in section, "one excluded model is no long list"
+    assert [len(part) for part in _tables(section)] == [1 + 2, 1 + 1]
 
 
 def test_every_embedded_figure_exists_and_every_figure_is_embedded(study: Path, files: list[Path], text: str) -> None:
