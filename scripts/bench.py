@@ -23,7 +23,7 @@ from torch import nn
 
 from drs.allocator import keep_freed_memory
 from drs.attack_config import AttackConfig
-from drs.benchmarks.attacks import attack_rows, suite_rows
+from drs.benchmarks.attacks import attack_rows, look_rows, suite_rows
 from drs.benchmarks.gpu import TARGETS, missing_rows, moved
 from drs.benchmarks.growth import class_rows, evaluation_rows, table_rows
 from drs.benchmarks.harness import Machine, Row, measure_machine, torch_threads
@@ -103,6 +103,7 @@ def attacks_on(device: torch.device) -> Iterator[Row]:
         (undefended, "undefended lenet", ">= 3"), (trained(adversarial, device), "adversarially trained lenet", ">= 1"),
     ):  # fmt: skip
         yield from attack_rows(model, test.pixels(), test.labels, EPSILON, described=described, target=target)
+    yield from look_rows(undefended, test.pixels(), test.labels, described="undefended lenet")
     suite = paper_suite().suite
     attacks: dict[str, AttackConfig] = suite.attacks
     epsilons = [epsilon.value for epsilon in suite_epsilons(suite, "mnist", "linf")]
