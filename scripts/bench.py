@@ -57,7 +57,7 @@ def paper_suite() -> EvaluateConfig:
     """Compose the evaluation under the paper suite."""
     register_plugins()
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return evaluate_config(compose("evaluate", ["study=bench", "suite=paper"]))
+        return evaluate_config(compose("evaluate", ["study=paper", "suite=paper"]))
 
 
 def trained(config: TrainConfig, device: torch.device) -> nn.Module:
