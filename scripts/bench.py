@@ -23,13 +23,14 @@ from torch import nn
 
 from drs.allocator import keep_freed_memory
 from drs.attack_config import AttackConfig
-from drs.benchmarks.attacks import attack_rows, look_rows, suite_rows
+from drs.benchmarks.attacks import attack_rows, look_rows
 from drs.benchmarks.gpu import TARGETS, missing_rows, moved
 from drs.benchmarks.growth import class_rows, evaluation_rows, table_rows
 from drs.benchmarks.harness import Machine, Row, measure_machine, torch_threads
 from drs.benchmarks.losses import loss_rows, step_rows
 from drs.benchmarks.report import read_provenance, read_rows, write_rows
 from drs.benchmarks.startup import peak_memory_rows, startup_rows
+from drs.benchmarks.suites import suite_rows
 from drs.benchmarks.sweeps import cores, packing_rows, worker_rows
 from drs.benchmarks.training import training_rows
 from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, evaluate_config, train_config

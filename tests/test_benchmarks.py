@@ -15,7 +15,7 @@ from conftest import compose_train
 from torch import nn
 
 from drs.attack_config import AttackConfig, CWConfig, FGSMConfig, PGDConfig
-from drs.benchmarks.attacks import MODULES, PEERS, attack_rows, suite_rows
+from drs.benchmarks.attacks import MODULES, PEERS, attack_rows, look_rows
 from drs.benchmarks.fewer_calls import loss_by_library_gradient
 from drs.benchmarks.gpu import TARGETS, missing_rows
 from drs.benchmarks.growth import class_rows, made_up_models, table_rows
@@ -24,6 +24,7 @@ from drs.benchmarks.losses import loss_rows
 from drs.benchmarks.packing import fit_packed
 from drs.benchmarks.report import read_provenance, read_rows, report_text, write_rows
 from drs.benchmarks.startup import measured_process
+from drs.benchmarks.suites import suite_rows
 from drs.config import PROJECT_ROOT
 from drs.correlation import correlation_table
 from drs.data import LabelledImages
@@ -139,6 +140,8 @@ def test_attack_rows_say_who_is_stronger(
     assert sum(row.target == ">= 3" for row in rows) == 2  # of the fastest peer alone
     assert all(row.ratio is None and "[bench]" in row.note for row in rows if row.theirs == "ART")
     assert measured[-1].note.startswith("no weaker")
+    tried = list(look_rows(digits_model, images, labels, described="mlp"))
+    assert len(tried) == 3 and all(row.tried and row.ratio is not None for row in tried)
 
 
 def test_the_suite_and_the_same_attacks_by_hand_find_the_same(
