@@ -116,10 +116,10 @@ def attacks_on(device: torch.device) -> Iterator[Row]:
 
 def sweeps_section(machine: Machine) -> Iterator[Row]:
     """Trainings of one sweep, in turn, side by side and packed."""
-    overrides = ["data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=1", "data.train_samples=20000"]
+    overrides = ["data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=1", "data.train_samples=10000"]
     with tempfile.TemporaryDirectory() as folder:
         yield from worker_rows(overrides, Path(folder), dict(os.environ), max(2, cores()))
-    yield from packing_rows(composed(*overrides[:-1], "data.train_samples=5000"), torch.device("cpu"))
+    yield from packing_rows(composed(*overrides[:-1], "data.train_samples=4000"), torch.device("cpu"))
 
 
 def startup_section(machine: Machine) -> Iterator[Row]:

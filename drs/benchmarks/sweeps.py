@@ -19,7 +19,7 @@ from drs.data import load_split
 from drs.training import fit
 
 REPEATS = 3
-SEEDS = 8
+SEEDS = 6
 SIZES = (4, 8)
 """Models that are packed into one batch."""
 
