@@ -6,6 +6,7 @@ their means.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -65,12 +66,19 @@ def _values(models: pd.DataFrame, columns: list[str]) -> Array:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _resample(left: Array, right: Array, n_bootstrap: int, n_permutations: int, seed: list[int]) -> _Resampled:
+def _resample(
+    left: Array,
+    right: Array,
+    n_bootstrap: int,
+    n_permutations: int,
+    seed: list[int],
+    methods: Sequence[str] = METHODS,
+) -> _Resampled:
     rng = np.random.default_rng(seed)
     shape = left.shape[1], right.shape[1]
     present = ~np.isnan(left)[:, :, None] & ~np.isnan(right)[:, None, :]
     lengths = {"observed": 1, "draws": n_bootstrap, "influence": len(left), "permuted": n_permutations}
-    parts = {part: {m: np.full((length, *shape), np.nan) for m in METHODS} for part, length in lengths.items()}
+    parts = {part: {m: np.full((length, *shape), np.nan) for m in methods} for part, length in lengths.items()}
     # Columns that miss the same models are resampled together.
     patterns_left = np.unique(np.isnan(left), axis=1, return_inverse=True)[1].ravel()
     patterns_right = np.unique(np.isnan(right), axis=1, return_inverse=True)[1].ravel()
@@ -82,13 +90,13 @@ def _resample(left: Array, right: Array, n_bootstrap: int, n_permutations: int, 
             if n < MIN_GROUP:
                 continue
             x, y = left[np.ix_(complete, rows_s)], right[np.ix_(complete, rows_a)]
-            left_out = coefficients(x, y, 1 - np.eye(n))
+            left_out = coefficients(x, y, 1 - np.eye(n), methods)
             computed = {
-                "observed": coefficients(x, y),
-                "draws": coefficients(x, y, draw_counts(n, n_bootstrap, rng)),
+                "observed": coefficients(x, y, methods=methods),
+                "draws": coefficients(x, y, draw_counts(n, n_bootstrap, rng), methods),
                 "permuted": permuted_coefficients(x, y, draw_permutations(n, n_permutations, rng)),
             }
-            for method in METHODS:
+            for method in methods:
                 for part, values in computed.items():
                     parts[part][method][:, rows_s[:, None], rows_a] = values[method]
                 known = np.nan_to_num(left_out[method], nan=0.0)
@@ -230,7 +238,7 @@ def correlate(
     rows = standard_models(models)
     rows = rows.reindex(columns=[statistic, accuracy])
     left, right = _values(rows, [statistic]), _values(rows, [accuracy])
-    result = _resample(left, right, n_bootstrap, n_permutations, [seed])
+    result = _resample(left, right, n_bootstrap, n_permutations, [seed], (method,))
     observed, permuted = result.observed[method], result.permuted[method]
     low, high = bca_interval(observed, result.draws[method], result.influence[method])
     p_values = [permutation_p(observed, permuted, alternative=side) for side in ("two-sided", "greater")]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from drs.allocator import keep_freed_memory
@@ -80,6 +81,7 @@ def _start_worker(parent: int, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
     end_with_parent(parent)
     torch.set_num_threads(threads)
+    threadpool_limits(threads)  # numpy's, which torch's number is not for
     keep_freed_memory()
 
 

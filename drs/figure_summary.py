@@ -1,5 +1,8 @@
 """The whole study in one figure: what PGD shows, what is left under the worst case, and what it costs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -21,6 +24,7 @@ from drs.figure_style import (
 
 REFERENCE_TRAININGS = ("adversarial", "trades")
 ROW_HEIGHT = 0.3  # inches
+WIDEST = 50.0  # points: the end of an interval that lies further out is cut off
 GAINS = {"gain_pgd": "What PGD shows", "gain_worst": "What survives"}
 
 
@@ -64,9 +68,10 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
         colour = setting_style(*setting)["color"]
         for axis, name in zip((pgd, worst), GAINS, strict=True):
             values = [100 * float(row[column]) for column in (name, f"{name}_low", f"{name}_high")]
-            _point(axis, position, *values, colour, f"{values[0] + 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0"))
-            gains.append(values[0])
-        _point(cost, position, time["ratio"], time["ci_low"], time["ci_high"], colour, f"× {time['ratio']:.2f}")
+            _point(axis, position, values, colour, f"{values[0] + 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0"))
+            gains += [value for value in values if abs(value) <= WIDEST]
+        ratio = [float(time[name]) for name in ("ratio", "ci_low", "ci_high")]
+        _point(cost, position, ratio, colour, f"× {ratio[0]:.2f}")
         names.append(
             f"{data}, {model}: {marked_label(of_group(comparators, data, model), setting)} "
             f"({count(int(row['n_pairs']), 'seed')})"
@@ -74,7 +79,7 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
     pgd.set_yticks(range(len(rows)), names)
     pgd.set_ylim(len(rows) - 0.5, -0.6)
     low, high = min(0.0, *gains), max(0.0, *gains)
-    room = max(8.0, 0.3 * (high - low))
+    room = max(4.0, 0.12 * (high - low))
     for axis, title, where in zip((pgd, worst), GAINS.values(), ("PGD", "worst case"), strict=True):
         axis.set_xlim(low - room, high + room)
         axis.axvline(0, color="0.35", linewidth=0.8)
@@ -89,11 +94,12 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
     return figure
 
 
-def _point(axis: Axes, position: int, value: float, low: float, high: float, colour: str, text: str) -> None:
+def _point(axis: Axes, position: int, values: Sequence[float], colour: str, text: str) -> None:
+    value, low, high = values
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
     if np.isfinite(low) and np.isfinite(high):
+        hollow = {}
         axis.hlines(position, low, high, color=colour, linewidth=1.6)
-        axis.plot(value, position, "o", color=colour, markersize=6)
-    else:  # one seed has no interval
-        axis.plot(value, position, "o", color=colour, markersize=6, markerfacecolor="white", markeredgewidth=1.4)
+    axis.plot(value, position, "o", color=colour, markersize=6, zorder=4, **hollow)
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of the line at no gain
-    axis.annotate(text, (value, position), (0, 5.5), textcoords="offset points", ha="center", fontsize=7, bbox=clear)
+    axis.annotate(text, (value, position), (0, 7), textcoords="offset points", ha="center", fontsize=7, bbox=clear)

@@ -14,14 +14,19 @@ import pandas as pd
 import torch
 
 from drs.array_files import load_arrays_file, save_arrays
+from drs.attack_config import PGDConfig
+from drs.attacks import build_attack
 from drs.config import loss_label, project_path
 from drs.data import LabelledImages, load_test_split
 from drs.errors import UserError
+from drs.figure_samples import draw_samples
+from drs.figure_style import setting_label
 from drs.files import atomic_write, sha256_of
 from drs.integrity import CHECKPOINT, CONFIG, METRICS, check_files
 from drs.paired import BASELINE
-from drs.report import read_provenance, read_tables
+from drs.report import read_provenance, read_tables, save_figure
 from drs.runs import RunFolder
+from drs.samples import attack_samples
 from drs.selection import group_models, standard_models
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
@@ -30,7 +35,7 @@ STUDY_FOLDERS = ("tables", "figures")
 MODELS, SUMS, IMAGES = "models", "SHA256SUMS", "-images.npz"
 LIMIT_MB = 10.0
 """Of weights and per-sample arrays together, which stay in the history of the repository for ever."""
-N_IMAGES = 10
+N_IMAGES, N_DRAWN = 10, 3
 
 
 def chosen_runs(study: Path) -> dict[str, str]:
@@ -96,6 +101,8 @@ def publish(study: Path, destination: Path) -> list[Path]:
             shutil.copytree(study / folder, new / folder)
         for label, run_id in chosen_runs(study).items():
             _copy_run(RunFolder(study / "runs" / run_id), new / MODELS / label)
+        for data, model in _pairs(new):
+            _draw_pair(new, data, model)
         _seal(new / MODELS)
         if destination.exists():
             destination.rename(Path(name) / "old")
@@ -120,6 +127,30 @@ def _copy_run(run: RunFolder, target: Path) -> None:
         cache = project_path(config.data.cache)
         samples, _ = load_test_split(config.data.name, n=N_IMAGES, root=config.data.root, cache=cache)
         save_arrays(images, images=samples.images.numpy(), labels=samples.labels.numpy())
+
+
+def _pairs(reference: Path) -> list[tuple[str, str]]:
+    """Return dataset and architecture of the published models."""
+    folders = (reference / MODELS).glob(f"*-{BASELINE}")
+    configs = [RunFolder(folder).config() for folder in sorted(folders)]
+    return [(config.data.name, config.model.name) for config in configs]
+
+
+def _draw_pair(reference: Path, data: str, model: str) -> None:
+    """Draw some of the published images under PGD, on either model of a pair, at the first decisive epsilon."""
+    worst = read_tables(reference)["worst_case"]
+    bounds = worst.loc[(worst["data"] == data) & (worst["norm"] == "linf"), "epsilon"]
+    epsilon = float(bounds.min())
+    images = published_images(reference, data)
+    few = LabelledImages(images.images[:N_DRAWN], images.labels[:N_DRAWN])
+    attack = build_attack(PGDConfig("pgd", "linf", steps=40, relative_step_size=0.125, random_start=True))
+    samples = {}
+    for loss in (BASELINE, PRIMARY_LOSS):
+        run = RunFolder(reference / MODELS / f"{data}-{model}-{loss}")
+        weight = run.config().loss.weight if loss == PRIMARY_LOSS else 0.0
+        network = run.load_model(torch.device("cpu"))
+        samples[setting_label(loss, weight)] = attack_samples(network, few, attack, epsilon)
+    save_figure(draw_samples(samples, epsilon=epsilon), reference / MODELS, f"{data}-{model}-samples")
 
 
 def _seal(models: Path) -> None:

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
 from drs import report_checks, report_statistics, report_tables, report_text
 from drs.errors import UserError
@@ -116,18 +117,24 @@ def draw_figures(study_dir: str | Path, kind: str | None = None) -> list[Path]:
     for planned in plan_figures(read_tables(study_dir)):
         if kind not in (None, planned.kind):
             continue
-        figure = planned.draw()
-        for ending in ("png", "pdf"):
-            path = folder / f"{planned.name}.{ending}"
-            # A date in the file would make every redraw a change.
-            metadata = {"CreationDate": None} if ending == "pdf" else None
-            with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
-                figure.savefig(temporary, format=ending, metadata=metadata)
-            figure.set_layout_engine("none")  # the layout found for the PNG serves the PDF
-            written.append(path)
+        written += save_figure(planned.draw(), folder, planned.name)
     for path in sorted(folder.glob("*.p[nd][gf]")):
         if path.stem.split("-")[0] in (KINDS if kind is None else (kind,)) and path not in written:
             path.unlink()
+    return written
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and as PDF, in the house style; return the two files."""
+    written = []
+    for ending in ("png", "pdf"):
+        path = folder / f"{name}.{ending}"
+        # A date in the file would make every redraw a change.
+        metadata = {"CreationDate": None} if ending == "pdf" else None
+        with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
+            figure.savefig(temporary, format=ending, metadata=metadata)
+        figure.set_layout_engine("none")  # the layout found for the PNG serves the PDF
+        written.append(path)
     return written
 
 

@@ -197,6 +197,7 @@ class EvaluateConfig:
     results_dir: str = "results"
     progress: bool = True
     timing: bool = True
+    report: bool = True
     workers: int | None = None
     fail_fast: bool = False
     grid: list[dict[str, Any]] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from drs.correlation import correlation_table
 from drs.device import choose_device
 from drs.errors import DamagedFileError, UserError
 from drs.evaluation import POLL_SECONDS, StudyEvaluation, redo_damaged
-from drs.evaluation_workers import MAX_WORKERS, available_cores
+from drs.evaluation_workers import MAX_WORKERS, available_cores, worker_pool
 from drs.files import remove_leftovers
 from drs.granulated import granulated_table
 from drs.paired import paired_difference_table
@@ -32,6 +32,13 @@ from drs.timing import COLUMNS as TIMING_COLUMNS
 from drs.timing import update_timing
 
 STAMP = "tables/.made-from.json"
+COEFFICIENTS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "granulated": granulated_table,
+    "correlations": correlation_table,
+    "partial_correlations": partial_correlation_table,
+}
+"""How each table of coefficients is made, the longest first."""
+SPREAD_MODELS = 400  # more than these are worth starting processes for
 
 
 @contextmanager
@@ -87,6 +94,15 @@ def mark_current(evaluation: StudyEvaluation, config: EvaluateConfig) -> None:
     write_json(evaluation.folder / STAMP, _made_from(evaluation, config))
 
 
+def _coefficients(models: pd.DataFrame, workers: int) -> dict[str, pd.DataFrame]:
+    """Return the tables of coefficients over models, which for many models are made in several processes."""
+    if workers == 1 or len(models) <= SPREAD_MODELS:
+        return {name: make(models) for name, make in COEFFICIENTS.items()}
+    with worker_pool(min(workers, len(COEFFICIENTS))) as pool:
+        made = {name: pool.submit(make, models) for name, make in COEFFICIENTS.items()}
+        return {name: table.result() for name, table in made.items()}
+
+
 def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEvaluation:
     """Write every table of a study and its ``provenance.json``.
 
@@ -121,9 +137,7 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEva
     tables["timing"] = update_timing(trained, known, device, measure=config.timing)
     print("correlations over models, and the claims", flush=True)
     models = tables["models"]
-    tables["correlations"] = correlation_table(models)
-    tables["partial_correlations"] = partial_correlation_table(models)
-    tables["granulated"] = granulated_table(models)
+    tables |= _coefficients(models, workers)
     tables["paired_differences"] = paired_difference_table(models)
     tables["comparators"] = comparator_table(models, tables["accuracy"], tables["worst_case"])
     tables["claims"] = decide_claims(

@@ -34,14 +34,17 @@ def main(config: DictConfig) -> None:
         with only_writer(evaluation.folder):
             if not is_current(evaluation, typed):  # by now another evaluation may have written it all
                 evaluation = write_study(evaluation, typed)
-                figures = draw_figures(evaluation.folder)
-                write_report(evaluation.folder)
-                write_html(evaluation.folder)
-                mark_current(evaluation, typed)
-                print(f"{len(figures)} figure files in {evaluation.folder / 'figures'}", flush=True)
+                if typed.report:
+                    figures = draw_figures(evaluation.folder)
+                    write_report(evaluation.folder)
+                    write_html(evaluation.folder)
+                    mark_current(evaluation, typed)
+                    print(f"{len(figures)} figure files in {evaluation.folder / 'figures'}", flush=True)
     elif evaluation.cells:
         print("nothing has changed", flush=True)
-    if evaluation.cells:
+    if evaluation.cells and not typed.report:
+        print(f"the tables are in {evaluation.folder / 'tables'}; report=true adds figures and report", flush=True)
+    elif evaluation.cells:
         print(f"the report is {evaluation.folder / 'REPORT.md'}, for a browser report.html beside it", flush=True)
         log_evaluation(typed.tracking, evaluation.folder)
     end_with_failures(evaluation.failures)

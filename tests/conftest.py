@@ -97,7 +97,7 @@ def smoke_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def run_smoke(folder: Path) -> None:
         environment = {"DRS_RESULTS": str(folder / "results"), "DRS_CACHE": str(folder / "data")}
-        for script, arguments in (("train.py", ["experiment=smoke", "epochs=15"]), ("evaluate.py", SMOKE)):
+        for script, arguments in (("train.py", ["experiment=smoke"]), ("evaluate.py", SMOKE)):
             out = folder / f"{script}.out"
             done = forked.run(script, *arguments, out=out, environment=environment, seconds=600)
             assert done.returncode == 0, done

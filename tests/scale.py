@@ -64,7 +64,7 @@ def commands(folder: Path, runs: int) -> dict[str, list[str]]:
         "skip": [str(scripts / "train.py"), "-m", *common(folder), "loss=dr_softmax", *grid(runs)],
         "status": [str(scripts / "status.py"), "scale"],
         "tables": [str(scripts / "evaluate.py"), "study=scale", "suite=paper", f"results_dir={folder}", "timing=false",
-                   "progress=false"],
+                   "report=false", "progress=false"],
     }  # fmt: skip
 
 

@@ -14,12 +14,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SMOKE
+from synthetic import study_tables
 
-import drs.report
+import drs.study
 from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT
 from drs.landing import landing_row
 from drs.runs import finished_runs, iterate_runs
+from drs.study import STAMP, _coefficients
 from drs.tables import busy_seconds
 from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
 
@@ -112,7 +114,7 @@ def test_accuracy_is_what_the_stored_logits_say(study: Path) -> None:
             stands or distance > 0.5
             for stands, distance in zip(right["cw"], files["cw"]["distance"].tolist(), strict=True)
         ]
-        assert rows["cw", "0.5"] == pytest.approx(sum(robust) / 100)
+        assert rows["cw", "0.5"] == pytest.approx(sum(robust) / 60)
         assert rows["cw_torchattacks", "inf"] == pytest.approx(sum(right["cw_torchattacks"]) / 200)
 
 
@@ -147,19 +149,17 @@ def test_second_evaluation_computes_nothing_and_changes_nothing(
     assert times() == before
 
 
-def test_only_missing_and_damaged_cells_are_filled_and_come_out_the_same(
-    smoke_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(smoke_results / "smoke", tmp_path / "smoke")
-    # Drawing takes most of the time, and has tests of its own.
-    monkeypatch.setattr(drs.report, "plan_figures", lambda tables: [])
+def test_only_missing_and_damaged_cells_are_filled_and_come_out_the_same(smoke_results: Path, tmp_path: Path) -> None:
+    study = tmp_path / "smoke"
+    shutil.copytree(smoke_results / "smoke", study)
+    drawn = {path: path.stat().st_mtime_ns for path in [study / "REPORT.md", *(study / "figures").iterdir()]}
     run = finished_runs(tmp_path / "smoke")[0]
     missing = next((run.path / "eval").glob("pgd@0.1-*.npz"))
     damaged = next((run.path / "eval").glob("fgsm@0.1-*.npz"))
     before = {path: load_arrays_file(path) for path in (missing, damaged)}
     missing.unlink()
     damaged.write_bytes(damaged.read_bytes()[:1000])
-    said = evaluate(tmp_path, tmp_path / "out", "timing=false")
+    said = evaluate(tmp_path, tmp_path / "out", "timing=false", "report=false")
     # That a cell is damaged shows where the tables are built from it.
     assert f"{damaged}: not a whole array file" in said
     assert said.count("88 cells, 1 to compute") == 2
@@ -167,6 +167,20 @@ def test_only_missing_and_damaged_cells_are_filled_and_come_out_the_same(
         after = load_arrays_file(path)
         for name in ("indices", "labels", "logits", "distance"):
             np.testing.assert_array_equal(arrays[name], after[name])
+    assert f"the tables are in {study / 'tables'}" in said
+    assert {path: path.stat().st_mtime_ns for path in drawn} == drawn, "tables alone were asked for"
+    assert not (study / STAMP).exists(), "the report is older than the tables, and the next evaluation writes it"
+
+
+def test_coefficients_of_many_models_are_those_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = study_tables()["models"]
+    models = models[models["data"] == "cifar10"]
+    alone = _coefficients(models, 1)
+    monkeypatch.setattr(drs.study, "SPREAD_MODELS", 1)
+    spread = _coefficients(models, 2)
+    assert list(alone) == list(spread) == ["granulated", "correlations", "partial_correlations"]
+    for name, table in alone.items():
+        pd.testing.assert_frame_equal(spread[name], table)
 
 
 def test_study_without_a_finished_run_is_one_line(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_a_published_study_has_its_tables_two_models_and_their_samples(study: Pa
     )
     assert checked.returncode == 0, checked.stdout
     assert len(checked.stdout.splitlines()) == sum(path.parts[0] == "models" for path in files) - 1
+    assert {Path(f"models/digits-mlp-samples.{ending}") for ending in ("png", "pdf")} <= set(files)
     models = pd.read_csv(reference / "tables" / "models.csv", dtype={"run_id": str}).set_index("run_id")
     images, _ = load_test_split("digits", n=10, cache=tmp_path / "data")
     assert torch.equal(published_images(reference, "digits").images, images.images)

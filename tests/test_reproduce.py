@@ -37,10 +37,10 @@ def test_plan_of_smoke(results: Path, tmp_path: Path) -> None:
     text = reproduce.plan_text(plan, tmp_path / "reference", width=100)
     lines = [line.strip() for line in text.splitlines()]
     assert " ".join(lines).startswith(f"Experiment smoke, into {results / 'smoke'} ")
-    assert "digits/mlp ce: 2 seeds = 2 trainings of 30 epochs" in lines
-    assert "digits/mlp dr_softmax: 3 weights (0.001, 0.005, 0.02) x 2 seeds = 6 trainings of 30 epochs" in lines
+    assert "digits/mlp ce: 2 seeds = 2 trainings of 15 epochs" in lines
+    assert "digits/mlp dr_softmax: 3 weights (0.001, 0.005, 0.02) x 2 seeds = 6 trainings of 15 epochs" in lines
     assert "trainings: 8, of which 8 are left" in lines
-    assert "fgsm (linf), pgd (linf), cw_torchattacks (l2), cw (l2, at most 100 images)" in text
+    assert "fgsm (linf), pgd (linf), cw_torchattacks (l2), cw (l2, at most 60 images)" in text
     assert "digits: 200 test images; epsilons linf 0.05, 0.1, 0.2, 0.3; l2 0.25, 0.5, 1.0, 2.0" in lines
     assert "expected time: unknown, there is no reference timing of this experiment" in lines
     assert all(len(line) <= 100 for line in text.splitlines() if str(results) not in line)
