@@ -16,7 +16,7 @@ from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 OVERALL = "all"
 PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
-"""Whether the paper says so (arXiv 2303.12363, abstract and conclusion)."""
+"""Whether the paper says so (arXiv 2303.12363)."""
 EVIDENCE = {
     "C1": ("Correlations", "Partial correlations", "Granulated coefficients"),
     "C2": ("Differences to cross-entropy", "Robust accuracy"),
