@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures publish bench bundle merge
+.PHONY: help setup data smoke reproduce status figures publish readme bench bundle merge
 .PHONY: test test-slow test-bundle test-slurm test-scale lint clean lock
 
 help:  # lists the targets
@@ -27,11 +27,14 @@ reproduce: setup  ## the whole study: laptop without a GPU, mnist and cifar10 wi
 status: setup  ## show the state of a study at any time (STUDY=NAME, and EXPERIMENT= SUITE= where they differ)
 	@$(PY) scripts/status.py "$(STUDY)" $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)") $(if $(SUITE),--suite "$(SUITE)")
 
-figures: setup  ## redraw every figure of a study from its tables (STUDY=NAME; the reference study by default)
+figures: setup  ## redraw figures and reports of a study from its tables (STUDY=NAME; the reference studies by default)
 	@$(PY) scripts/figures.py $(if $(STUDY),"$(STUDY)")
 
 publish: setup  ## put a finished study into results/reference, and its tables into README.md (STUDY=NAME)
 	@$(PY) scripts/publish.py "$(STUDY)"
+
+readme: setup  ## write the tables of the reference study into README.md
+	@$(PY) scripts/readme.py
 
 bench: setup  ## measure speed and memory beside other libraries; results/bench (ONLY=loss makes one section)
 	@$(PY) scripts/bench.py $(if $(ONLY),--only "$(ONLY)")

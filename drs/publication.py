@@ -1,8 +1,9 @@
 """A finished study -> its reference folder: tables, figures and reports, and a few models with their samples.
 
-The models let a reader, and the notebooks, go below the averages without training anything: per dataset and
-architecture cross-entropy and the DR-softmax setting that stands best under the worst case, each with its weights and
-the per-sample arrays of every attack; and per dataset the first test images, so that a model can be attacked at once.
+The models let a reader, and the notebooks, go below the averages without training anything: per dataset, of the
+architecture with the most models, cross-entropy and the DR-softmax setting that stands best under the worst case, each
+with its weights and the per-sample arrays of every attack; and the first test images, so that a model can be attacked
+at once.
 """
 
 import shutil
@@ -41,9 +42,9 @@ N_IMAGES, N_DRAWN = 10, 3
 def chosen_runs(study: Path) -> dict[str, str]:
     """Return the run ids of the models to publish, under the name of their folder, ``<data>-<model>-<loss>``.
 
-    Per dataset and architecture: of the DR-softmax settings the one with the highest mean accuracy under the worst
-    case in Linf (between equals the one nearest to the published weight), at the lowest seed that cross-entropy has
-    too; and cross-entropy at that seed. A group without such a pair has none.
+    Per dataset, of the architecture with the most models: of the DR-softmax settings the one with the highest mean
+    accuracy under the worst case in Linf (between equals the one nearest to the published weight), at the lowest seed
+    that cross-entropy has too; and cross-entropy at that seed. A dataset without such a pair has none.
 
     Raises:
         UserError: If the study has no tables.
@@ -51,7 +52,11 @@ def chosen_runs(study: Path) -> dict[str, str]:
     worst = read_tables(study)["worst_case"]
     usable = standard_models(worst[worst["norm"] == "linf"])
     chosen: dict[str, str] = {}
+    counts = usable.groupby(["data", "model"])["run_id"].nunique().sort_values(ascending=False, kind="stable")
+    most = counts.reset_index().drop_duplicates("data").set_index("data")["model"]
     for data, model, rows in group_models(usable):
+        if model != most[data]:
+            continue
         # A model has a row for each epsilon.
         models = rows.groupby(["run_id", "loss", "loss_weight", "seed"], as_index=False)["worst"].mean()
         baseline = models[models["loss"] == BASELINE].set_index("seed")["run_id"]

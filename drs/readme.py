@@ -14,6 +14,8 @@ from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
+README_STUDY = "laptop"
+"""The study of results/reference that README.md is filled from."""
 OVERALL = "all"
 PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
 """Whether the paper says so (arXiv 2303.12363)."""

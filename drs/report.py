@@ -1,6 +1,7 @@
 """A study's tables -> its figures and REPORT.md. Reads ``tables/*.csv`` and ``provenance.json``; computes no result."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -165,6 +166,65 @@ def _embedded(study_dir: Path, plan: list[PlannedFigure], kinds: tuple[str, ...]
     return parts
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        title: Its heading.
+        body: Its text and tables, in Markdown.
+        kinds: The kinds of figures that follow, of ``KINDS``.
+    """
+
+    title: str
+    body: str
+    kinds: tuple[str, ...] = ()
+
+
+def report_sections(tables: Tables, provenance: dict[str, Any]) -> list[Section]:
+    """Return the parts of a study's report, in order."""
+    strong = "strong" in provenance.get("suites", [])
+    return [
+        Section("Claims", report_text.claims_section(tables["claims"]), ("summary",)),
+        Section("How the verdicts are decided", RULES.strip()),
+        Section("Models", report_tables.models_section(tables["models"])),
+        Section("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"])),
+        Section(
+            "Correlations",
+            report_tables.correlations_section(tables["correlations"]),
+            ("statistic_vs_accuracy", "correlation_heatmap", "nonlabel_distribution"),
+        ),
+        Section("Partial correlations", report_statistics.partial_section(tables["partial_correlations"])),
+        Section("Granulated coefficients", report_statistics.granulated_section(tables["granulated"])),
+        Section(
+            "Statistics and minimal perturbations, sample by sample",
+            report_statistics.sample_correlation_section(tables["sample_correlations"]),
+        ),
+        Section("Robust accuracy", report_tables.accuracy_section(tables["accuracy"]), ("epsilon_curves",)),
+        Section("Sanity checks", report_checks.sanity_section(tables["sanity"])),
+        Section(
+            "How much of the gain is masking",
+            report_checks.masking_section(tables["comparators"]),
+            ("masking_gap",),
+        ),
+        Section(
+            "All losses and procedures",
+            report_checks.comparator_section(tables["comparators"]),
+            ("robustness_against_time",),
+        ),
+        Section("Differences to cross-entropy", report_tables.differences_section(tables["paired_differences"])),
+        Section(
+            "Where attacks land",
+            report_tables.landing_section(tables["landing"], tables["landing_matrices"]),
+            ("where_attacks_land",),
+        ),
+        Section("Training and its time", report_tables.timing_section(tables["timing"]), ("training_curves",)),
+        Section("Attacks and how they are scored", report_text.scoring_section(provenance)),
+        Section("Limits of this study", report_text.limits_section(tables, strong)),
+        Section("Provenance", report_text.provenance_section(provenance)),
+    ]
+
+
 def write_report(study_dir: str | Path) -> Path:
     """Write ``<study_dir>/REPORT.md`` from the study's tables, its figures and its provenance.
 
@@ -179,51 +239,11 @@ def write_report(study_dir: str | Path) -> Path:
     strong = "strong" in provenance.get("suites", [])
     name = provenance.get("study") or study_dir.resolve().name
     plan = plan_figures(tables)
-    sections: list[tuple[str, str, tuple[str, ...]]] = [
-        ("Claims", report_text.claims_section(tables["claims"]), ("summary",)),
-        ("How the verdicts are decided", RULES.strip(), ()),
-        ("Models", report_tables.models_section(tables["models"]), ()),
-        ("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"]), ()),
-        (
-            "Correlations",
-            report_tables.correlations_section(tables["correlations"]),
-            ("statistic_vs_accuracy", "correlation_heatmap", "nonlabel_distribution"),
-        ),
-        ("Partial correlations", report_statistics.partial_section(tables["partial_correlations"]), ()),
-        ("Granulated coefficients", report_statistics.granulated_section(tables["granulated"]), ()),
-        (
-            "Statistics and minimal perturbations, sample by sample",
-            report_statistics.sample_correlation_section(tables["sample_correlations"]),
-            (),
-        ),
-        ("Robust accuracy", report_tables.accuracy_section(tables["accuracy"]), ("epsilon_curves",)),
-        ("Sanity checks", report_checks.sanity_section(tables["sanity"]), ()),
-        (
-            "How much of the gain is masking",
-            report_checks.masking_section(tables["comparators"]),
-            ("masking_gap",),
-        ),
-        (
-            "All losses and procedures",
-            report_checks.comparator_section(tables["comparators"]),
-            ("robustness_against_time",),
-        ),
-        ("Differences to cross-entropy", report_tables.differences_section(tables["paired_differences"]), ()),
-        (
-            "Where attacks land",
-            report_tables.landing_section(tables["landing"], tables["landing_matrices"]),
-            ("where_attacks_land",),
-        ),
-        ("Training and its time", report_tables.timing_section(tables["timing"]), ("training_curves",)),
-        ("Attacks and how they are scored", report_text.scoring_section(provenance), ()),
-        ("Limits of this study", report_text.limits_section(tables, strong), ()),
-        ("Provenance", report_text.provenance_section(provenance), ()),
-    ]
     text = [f"# {escape(name)}: does the softmax distribution explain robustness?", report_text.summary(tables, strong)]
     if has_failed(tables["models"]).any():
         text.append(report_checks.MARK_NOTE)
-    for title, body, kinds in sections:
-        text += [f"## {title}", body, *_embedded(study_dir, plan, kinds)]
+    for section in report_sections(tables, provenance):
+        text += [f"## {section.title}", section.body, *_embedded(study_dir, plan, section.kinds)]
     path = study_dir / "REPORT.md"
     with atomic_write(path) as temporary:
         temporary.write_text("\n\n".join(text) + "\n", encoding="utf-8")

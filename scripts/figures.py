@@ -1,9 +1,9 @@
-"""Redraw every figure of a study from its tables by executing notebooks/figures.ipynb.
+"""Redraw every figure and report of a study from its tables by executing notebooks/figures.ipynb.
 
     python scripts/figures.py [STUDY]
 
-STUDY is a folder that holds tables/, or the name of a study under results/. Without it: results/reference/laptop if
-that is there, else the study under results/ whose tables are newest.
+STUDY is a folder that holds tables/, or the name of a study under results/. Without it: every study of
+results/reference, or the study under results/ whose tables are newest if that holds none.
 """
 
 import os
@@ -19,14 +19,16 @@ from drs.report import read_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "figures.ipynb"
-REFERENCE = Path("reference", "laptop")
+REFERENCE = "reference"
+TABLE = Path("tables", "models.csv")
+REPORTS = ("REPORT.md", "report.html")
 
 
-def find_study(name: str | None, results: Path) -> Path:
-    """Return the folder of a study that has tables.
+def find_studies(name: str | None, results: Path) -> list[Path]:
+    """Return the folders of the studies to redraw.
 
     Args:
-        name: A folder or a study's name; None for the reference study, else the newest one.
+        name: A folder or a study's name; None for every reference study, or the newest study where there is none.
         results: The folder that holds the studies.
 
     Raises:
@@ -34,16 +36,16 @@ def find_study(name: str | None, results: Path) -> Path:
     """
     if name is not None:
         candidates = [Path(name), results / name]
-    else:
-        tables = sorted(results.glob("*/tables/models.csv"), key=lambda path: path.stat().st_mtime, reverse=True)
-        candidates = [results / REFERENCE, *(path.parent.parent for path in tables)]
-    for candidate in candidates:
-        if (candidate / "tables" / "models.csv").is_file():
-            return candidate.resolve()
-    if name is None:
+        for candidate in candidates:
+            if (candidate / TABLE).is_file():
+                return [candidate.resolve()]
+        tried = " or ".join(str(candidate / TABLE) for candidate in candidates)
+        raise UserError(f"study {name!r} has no tables ({tried}); evaluate it first: scripts/evaluate.py study=NAME")
+    references = sorted((results / REFERENCE).glob(f"*/{TABLE}"))
+    newest = sorted(results.glob(f"*/{TABLE}"), key=lambda path: path.stat().st_mtime)[-1:]
+    if not references + newest:
         raise UserError(f"no study under {results} has tables; make one first: make smoke")
-    tried = " or ".join(str(candidate / "tables" / "models.csv") for candidate in candidates)
-    raise UserError(f"study {name!r} has no tables ({tried}); evaluate it first: scripts/evaluate.py study=NAME")
+    return [path.parent.parent.resolve() for path in references or newest]
 
 
 def execute(notebook: Path, study_dir: Path) -> None:
@@ -57,20 +59,22 @@ def execute(notebook: Path, study_dir: Path) -> None:
 
 
 def main() -> int:
-    """Redraw the figures of the study named on the command line."""
+    """Redraw the study named on the command line, or those of the reference."""
     if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return 0 if len(sys.argv) == 2 else 2
     try:
-        study_dir = find_study(sys.argv[1] if len(sys.argv) == 2 else None, ROOT / "results")
-        read_tables(study_dir)  # a study that cannot be drawn is told here in one line, not by the notebook in fifty
-        print(f"redrawing the figures of {study_dir}")
-        execute(NOTEBOOK, study_dir)
+        for study_dir in find_studies(sys.argv[1] if len(sys.argv) == 2 else None, ROOT / "results"):
+            read_tables(
+                study_dir
+            )  # a study that cannot be drawn is told here in one line, not by the notebook in fifty
+            print(f"redrawing the figures and reports of {study_dir}", flush=True)
+            execute(NOTEBOOK, study_dir)
+            for path in [*sorted((study_dir / "figures").glob("*.png")), *(study_dir / name for name in REPORTS)]:
+                print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path in sorted((study_dir / "figures").glob("*.png")):
-        print(path)
     return 0
 
 

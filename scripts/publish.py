@@ -1,7 +1,7 @@
 """Put a finished study into results/reference, where it is committed: python scripts/publish.py STUDY [RESULTS].
 
 Tables, figures and reports are taken, and per dataset two models with their per-sample arrays. RESULTS is the folder
-that holds the study, results/ by default. The study named laptop also gives README.md its tables.
+that holds the study, results/ by default. README.md is filled anew if the study is the one behind it.
 """
 
 import sys
@@ -13,10 +13,8 @@ from drs.config import PROJECT_ROOT
 from drs.entrypoint import fail
 from drs.errors import UserError
 from drs.publication import MODELS, publish
-from drs.readme import update_readme
+from drs.readme import README_STUDY, update_readme
 from drs.runs import study_folder
-
-README_STUDY = "laptop"
 
 
 def main() -> int:

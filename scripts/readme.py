@@ -8,13 +8,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drs.config import PROJECT_ROOT
 from drs.entrypoint import fail
 from drs.errors import UserError
-from drs.readme import update_readme
+from drs.readme import README_STUDY, update_readme
 
 
 def main() -> None:
-    """Update README.md from results/reference/laptop."""
+    """Update README.md from its study in results/reference."""
     try:
-        changed = update_readme(PROJECT_ROOT / "README.md", PROJECT_ROOT / "results" / "reference" / "laptop")
+        changed = update_readme(PROJECT_ROOT / "README.md", PROJECT_ROOT / "results" / "reference" / README_STUDY)
     except UserError as error:
         fail(str(error))
     print("README.md is new" if changed else "README.md was up to date")

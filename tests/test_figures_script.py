@@ -2,32 +2,39 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
-from synthetic import study_tables, write_study
+from PIL import Image
 
-from drs.figure_plan import KINDS
+from drs.notebook_view import StudyView
+from drs.readme import BLOCKS, README_STUDY
 
 ROOT = Path(__file__).parent.parent
-TABLES = study_tables()
+REFERENCE = ROOT / "results" / "reference" / README_STUDY
 
 
 def test_notebook_is_clean_and_only_calls_the_package() -> None:
     notebook = nbformat.read(ROOT / "notebooks" / "figures.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
-    shown = [cell.source for cell in code if cell.source.startswith("show(")]
-    assert shown == [f'show("{kind}")' for kind in _kinds(shown)]
-    assert set(_kinds(shown)) == set(KINDS)
+    assert _named(code, "study.show(") == StudyView(REFERENCE).titles
+    assert sorted(_named(code, "study.show_readme(")) == sorted(BLOCKS)
     assert not any(word in cell.source for cell in code for word in ("pandas", "numpy", "pyplot"))
+    # A line of reading stands under each.
+    for cell, below in pairwise(notebook.cells):
+        if cell.source.startswith("study.show"):
+            assert below.cell_type == "markdown" and not below.source.startswith("#") and len(below.source) > 30
 
 
-def _kinds(sources: list[str]) -> list[str]:
-    return [source.split('"')[1] for source in sources]
+def _named(cells: list[nbformat.NotebookNode], call: str) -> list[str]:
+    return [cell.source.split('"')[1] for cell in cells if cell.source.startswith(call)]
 
 
 def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,18 +47,27 @@ def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_script_redraws_a_study_through_the_notebook(tmp_path: Path) -> None:
-    keep = TABLES["models"].query("data == 'cifar10'")["run_id"]
-    tables = {name: TABLES[name][TABLES[name]["run_id"].isin(keep)] for name in ("models", "accuracy")}
-    study = write_study(tmp_path / "one", {**tables, "correlations": TABLES["correlations"]})
-    stale = study / "figures" / "epsilon_curves-mnist-lenet.png"
+def test_script_redraws_the_reference_as_it_is_committed(tmp_path: Path) -> None:
+    study = tmp_path / "one"
+    shutil.copytree(REFERENCE / "tables", study / "tables")
+    shutil.copyfile(REFERENCE / "provenance.json", study / "provenance.json")
+    stale = study / "figures" / "epsilon_curves-mnist-resnet18.png"
     stale.parent.mkdir()
     stale.touch()
     result = _script(str(study))
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     assert str(study / "figures" / "correlation_heatmap.png") in result.stdout
-    assert not stale.exists() and (study / "figures" / "epsilon_curves-cifar10-smallcnn.pdf").is_file()
-    assert result.stderr == ""
+    names = [sorted(path.name for path in (folder / "figures").iterdir()) for folder in (study, REFERENCE)]
+    assert names[0] == names[1], "make figures has not been run since the figures changed"
+    for path in sorted((study / "figures").glob("*.png")):
+        new, old = (
+            np.asarray(Image.open(file).convert("L"), float) for file in (path, REFERENCE / "figures" / path.name)
+        )
+        assert new.shape == old.shape, path.name
+        # Another build of the font renderer may set a pixel beside a letter otherwise.
+        assert (np.abs(new - old) > 32).mean() < 1e-3, f"{path.name} is not the committed one: make figures"
+    assert (study / "REPORT.md").read_text() == (REFERENCE / "REPORT.md").read_text(), "make figures"
+    assert (study / "report.html").stat().st_size > 1e5
 
 
 def test_script_names_a_study_without_tables() -> None:
