@@ -1,7 +1,5 @@
 """The figures made of matrices: the correlation heat map, and where attacks land."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
@@ -133,15 +131,12 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
         cells = of_setting(rows, setting)
         style = {**setting_style(*setting), "linestyle": "none"}
         offsets = np.linspace(-0.18, 0.18, len(cells)) if len(cells) > 1 else np.zeros(len(cells))
-        axis.plot(position + offsets, 100 * cells["runner_up_rate"], **style, markersize=4, markeredgecolor="white",
+        axis.plot(100 * cells["runner_up_rate"], position + offsets, **style, markersize=4, markeredgecolor="white",
                   markeredgewidth=0.4)  # fmt: skip
-        axis.hlines(100 * cells["runner_up_rate"].mean(), position - 0.32, position + 0.32, color=style["color"])
-    axis.axhline(100 * rows["chance"].mean(), color=CHANCE_COLOUR, linestyle=":", linewidth=1)
-    names = [marked_label(rows, setting) for setting in shown]
-    slant: dict[str, Any] = {"rotation": 45, "ha": "right"} if len(shown) <= 8 else {"rotation": 90, "fontsize": 6}
-    axis.set_xticks(range(len(shown)), names, **slant)
-    axis.set_ylim(0, 105)
-    axis.set_xlim(-0.6, len(shown) - 0.4)
+        axis.vlines(100 * cells["runner_up_rate"].mean(), position - 0.32, position + 0.32, color=style["color"])
+    axis.axvline(100 * rows["chance"].mean(), color=CHANCE_COLOUR, linestyle=":", linewidth=1)
+    axis.set_xlim(0, 105)
+    axis.set_ylim(len(shown) - 0.4, -0.6)
     flips = rows["n_flips"].dropna()
     name = attack_label(f"{rows['attack'].iloc[0]}@{rows['epsilon_label'].iloc[0]}")
     counted = f"{span(flips)} flips a model" if len(flips) else "no flips"
@@ -163,21 +158,24 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
         model: Architecture.
 
     Returns:
-        The figure. Top: share of flips (%) that go to the runner-up of the clean softmax, a point per model, a bar for
-        the mean over seeds, the chance level dotted. Bottom: class-mean softmax and post-attack confusion, for CE and
-        one DR weight, with the mean over seeds of the correlation between their off-diagonal cells.
+        The figure. Top: share of flips (%) that go to the runner-up of the clean softmax, a row per loss and weight, a
+        point per model, a bar for the mean over seeds, the chance level dotted. Bottom: class-mean softmax and
+        post-attack confusion, for CE and one DR weight, with the mean over seeds of the correlation between their
+        off-diagonal cells.
     """
     rows = of_group(landing_rows(landing, landing_matrices), data, model)
     stored = of_group(landing_matrices, data, model)
     shown, names = settings(rows), [name for name in attacks(rows["attack"]) if name in LANDING_PANELS]
     kept = settings(stored)
-    longest = max(len(marked_label(rows, setting)) for setting in shown)
-    heights = [2.0 + 0.06 * longest, 2.3][: 2 if kept else 1]
+    heights = [1.3 + 0.15 * len(shown), 2.3][: 2 if kept else 1]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for axis, attack in zip(upper.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+    axes = upper.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axis, attack in zip(axes, names, strict=True):
         _runner_up(axis, rows[rows["attack"] == attack], shown)
-    upper.axes[0].set_ylabel("flips to the runner-up (%)")
+    axes[0].set_yticks(range(len(shown)), [marked_label(rows, setting) for setting in shown])
+    for axis in axes:
+        axis.set_xlabel("to the runner-up (%)")
     chance = Line2D([], [], color=CHANCE_COLOUR, linestyle=":", linewidth=1, label="chance, 1/(K−1)")
     mean = Line2D([], [], color="0.2", label="mean over seeds")
     upper.legend(handles=[mean, chance], loc="outside lower center", ncols=2)

@@ -69,7 +69,7 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
             )
             yield _planned("statistic_vs_accuracy", f"{statistic}-{tag}", where, caption, draw)
         caption = (
-            f"Mean over seeds with a band of one standard deviation ({usable}); ε = 0 is the whole clean test set. "
+            f"Mean over seeds, bands of one standard deviation ({usable}); ε = 0 is the whole clean test set. "
             "Accuracy below chance is to be expected: an attack picks the wrong class on purpose."
         )
         draw = partial(figures.epsilon_curves, accuracy, data, model, chance=_chance(tables, data, model))
@@ -86,7 +86,7 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
     trained = of_group(tables["training"], data, model)
     if len(trained):
         caption = (
-            f"Mean over seeds with a band of one standard deviation ({count(trained['run_id'].nunique(), 'run')}). "
+            f"Mean over seeds, bands of one standard deviation ({count(trained['run_id'].nunique(), 'run')}). "
             "Each training minimises its own loss, so training losses of different colours do not compare; validation "
             "loss is cross-entropy for all."
         )

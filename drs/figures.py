@@ -41,6 +41,9 @@ from drs.figure_style import (
     wilson_interval,
 )
 
+MOST_BANDS = 16
+"""Losses and weights of a panel that get a band of spread; those of more would lie over each other."""
+
 __all__ = [
     "correlation_heatmap",
     "epsilon_curves",
@@ -141,19 +144,24 @@ def _epsilon_unit(cells: pd.DataFrame) -> tuple[float, str]:
     return 1.0, "ε (pixel range 0 to 1)"
 
 
-def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbounded_at: float) -> None:
+def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbounded_at: float, band: bool) -> None:
     spread = cells.groupby("epsilon")["robust_accuracy"].agg(["mean", "std", "size"]) * [100, 100, 1]
     style = setting_style(*setting)
     finite = spread[np.isfinite(spread.index)]
     x = finite.index.to_numpy(float) * scale
     axis.plot(x, finite["mean"], **style, markersize=3.5)
-    low, high = finite["mean"] - finite["std"].fillna(0), finite["mean"] + finite["std"].fillna(0)
-    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if band:
+        low, high = finite["mean"] - finite["std"].fillna(0), finite["mean"] + finite["std"].fillna(0)
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
     for _, row in spread[~np.isfinite(spread.index)].iterrows():
         error = 0.0 if np.isnan(row["std"]) else row["std"]
         axis.errorbar(
             unbounded_at, row["mean"], error, **{**style, "linestyle": "none"}, markersize=3.5, elinewidth=0.8
         )
+
+
+def _spread(banded: bool) -> str:
+    return "band ± 1 standard deviation over seeds" if banded else "too many losses for bands of spread"
 
 
 @styled
@@ -168,11 +176,13 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         chance: Accuracy of guessing, 1/K, drawn as a dotted line; none if not given.
 
     Returns:
-        The figure: accuracy in %, band of one standard deviation over seeds.
+        The figure: accuracy in %, band of one standard deviation over seeds unless more than ``MOST_BANDS`` losses and
+        weights would lay theirs over each other.
     """
     rows = included(of_group(accuracy, data, model))
     clean = rows[rows["attack"] == "clean"]
     shown = [name for name in attacks(rows["attack"]) if name in IN_PANELS]
+    banded = len(settings(rows)) <= MOST_BANDS
     figure, axes = panels(len(shown), height=1.95, extra=0.7)
     for axis, attack in zip(axes, shown, strict=True):
         cells = rows[rows["attack"] == attack]
@@ -181,9 +191,8 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         ticks = np.concatenate([[0.0], np.sort(epsilons[np.isfinite(epsilons)])]) * scale
         unbounded_at = 1.22 * (ticks[-1] or 1.0)
         for setting in settings(cells):
-            _curve(
-                axis, pd.concat([of_setting(clean, setting), of_setting(cells, setting)]), setting, scale, unbounded_at
-            )
+            own = pd.concat([of_setting(clean, setting), of_setting(cells, setting)])
+            _curve(axis, own, setting, scale, unbounded_at, banded)
         names = [f"{tick:.4g}" for tick in ticks]
         if np.isinf(epsilons).any():
             ticks, names = np.append(ticks, unbounded_at), [*names, "∞"]
@@ -199,7 +208,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
     figure.supylabel("robust accuracy (%)")
     left_out = of_group(accuracy, data, model)["run_id"].nunique() - rows["run_id"].nunique()
     note = f"; {count(left_out, 'excluded model')} left out" if left_out else ""
-    figure.suptitle(f"{data}, {model}: mean over seeds, band ± 1 standard deviation over seeds{note}")
+    figure.suptitle(f"{data}, {model}: mean over seeds, {_spread(banded)}{note}")
     line = Line2D([], [], color=CHANCE_COLOUR, linestyle=":", linewidth=1, label="chance")
     legend_below(figure, settings(rows), [line] if chance is not None else [], lines=True, rows=rows)
     return figure
@@ -254,7 +263,7 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
         model: Architecture.
 
     Returns:
-        The figure: mean over seeds, band of one standard deviation. A training loss includes its own penalty and does
+        The figure: mean over seeds, bands as in ``epsilon_curves``. A training loss includes its own penalty and does
         not compare between losses; the validation loss is cross-entropy for all.
     """
     rows = of_group(training, data, model)
@@ -266,20 +275,16 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     ]
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).ravel()
+    banded = len(settings(rows)) <= MOST_BANDS
     for axis, (column, label, scale) in zip(axes, kinds, strict=True):
         for setting in settings(rows):
             epochs = of_setting(rows, setting).groupby("epoch")[column].agg(["mean", "std"]) * scale
             style = setting_style(*setting)
             axis.plot(epochs.index, epochs["mean"], **style, markersize=3 if len(epochs) <= 20 else 0)
-            error = epochs["std"].fillna(0)
-            axis.fill_between(
-                epochs.index,
-                epochs["mean"] - error,
-                epochs["mean"] + error,
-                color=style["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
+            if banded:
+                error = epochs["std"].fillna(0)
+                low, high = epochs["mean"] - error, epochs["mean"] + error
+                axis.fill_between(epochs.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set_ylabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         losses = rows[column].dropna()
@@ -288,6 +293,6 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
     seeds = span(rows.groupby(["loss", "loss_weight"])["seed"].nunique())
-    figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, band ± 1 standard deviation over seeds")
+    figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, {_spread(banded)}")
     legend_below(figure, settings(rows), lines=True, rows=rows)
     return figure

@@ -39,13 +39,13 @@ class StudyView:
     def show(self, title: str) -> None:
         """Show a part of the report with its figures, drawn anew; ``KeyError`` if the report has no such part."""
         section = self._sections[title]
-        display(Markdown(section.body))  # type: ignore[no-untyped-call]
+        display(Markdown(section.body))
         for kind in section.kinds:
             self._draw(kind)
 
     def show_readme(self, block: str) -> None:
         """Show a part of README.md that comes from tables, as this study has it; ``KeyError`` for any other name."""
-        display(Markdown(BLOCKS[block](self.study_dir)))  # type: ignore[no-untyped-call]
+        display(Markdown(BLOCKS[block](self.study_dir)))
 
     def write_reports(self) -> list[Path]:
         """Write REPORT.md and report.html with the figures as they are now; return the two paths."""
@@ -55,7 +55,7 @@ class StudyView:
         assert kind in KINDS
         pictures = [path for path in draw_figures(self.study_dir, kind) if path.suffix == ".png"]
         for path in pictures:
-            display(Image(filename=str(path), width=WIDTH))  # type: ignore[no-untyped-call]
+            display(Image(filename=str(path), width=WIDTH))
         if not pictures:
             text = f"*The tables of this study do not allow the figure {kind}.*"
-            display(Markdown(text))  # type: ignore[no-untyped-call]
+            display(Markdown(text))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from drs.errors import UserError
-from drs.figure_style import of_setting, setting_label, settings
+from drs.figure_style import included, of_setting, setting_label, settings
 from drs.files import atomic_write
 from drs.markdown import NONE, escape, fixed, group_name, percent, table
 from drs.report import read_provenance, read_tables
@@ -30,21 +30,19 @@ EVIDENCE = {
 
 
 def claims_block(study_dir: Path) -> str:
-    """Return the claims table of a study: each claim in the paper and here, over all groups and in each, and where to
-    look."""
+    """Return the claims table of a study: each claim in the paper and here, over all groups and, a line for each, in
+    every one, and where to look."""
     claims = read_tables(study_dir)["claims"]
-    groups = claims.loc[claims["data"] != OVERALL, ["data", "model"]].drop_duplicates().to_numpy().tolist()
     rows = []
     for _, overall in claims[claims["data"] == OVERALL].iterrows():
         name = str(overall["claim"])
-        cells = [f"{name}. {escape(overall['statement'])}", PAPER[name], f"**{overall['verdict']}**"]
-        for data, model in groups:
-            mine = (claims["claim"] == overall["claim"]) & (claims["data"] == data) & (claims["model"] == model)
-            row = claims[mine].iloc[0]
-            cells.append(f"{row['verdict']}; {effect_text(row)}, n = {int(row['n'])}")
-        rows.append([*cells, ", ".join(_section_link(study_dir, title) for title in EVIDENCE[name])])
-    heads = ["claim", "paper", "here", *(group_name(data, model) for data, model in groups), "evidence"]
-    return table(heads, rows, align="l")
+        here = [f"**{overall['verdict']}**"]
+        for _, row in claims[(claims["claim"] == name) & (claims["data"] != OVERALL)].iterrows():
+            where = group_name(str(row["data"]), str(row["model"]))
+            here.append(f"{where}: {row['verdict']}; {effect_text(row)}, n = {int(row['n'])}")
+        links = ", ".join(_section_link(study_dir, title) for title in EVIDENCE[name])
+        rows.append([f"{name}. {escape(overall['statement'])}", PAPER[name], "<br>".join(here), links])
+    return table(["claim", "paper", "here", "evidence"], rows, align="l")
 
 
 def _section_link(study_dir: Path, title: str) -> str:
@@ -88,14 +86,22 @@ def accuracy_block(study_dir: Path) -> str:
 
 
 def survival_block(study_dir: Path) -> str:
-    """Return, per group, every loss under PGD and under the worst case on the same images, and its training time."""
+    """Return, per group, the losses under PGD and under the worst case on the same images, and their training times.
+
+    Of DR-softmax two weights: the published one, and the one that stands best in the worst case on average. The report
+    has all of them.
+    """
     tables = read_tables(study_dir)
-    summary, worst = tables["comparators"], tables["worst_case"]
+    summary, worst = tables["comparators"], included(tables["worst_case"])
     rows = []
     for (data, model), group in summary.groupby(["data", "model"], sort=False):
         mine = worst[(worst["data"] == data) & (worst["model"] == model) & (worst["norm"] == "linf")]
         bounds = ", ".join(dict.fromkeys(mine["epsilon_label"].astype(str)))
+        means_of_dr = mine[mine["loss"] == PRIMARY_LOSS].groupby("loss_weight")["worst"].mean()
+        kept = {PRIMARY_WEIGHT, means_of_dr.idxmax() if len(means_of_dr) else PRIMARY_WEIGHT}
         for setting in settings(group):
+            if setting[0] == PRIMARY_LOSS and setting[1] not in kept:
+                continue
             row = of_setting(group, setting).iloc[0]
             own = of_setting(mine, setting)
             means = [float(own[name].mean()) for name in ("clean", "pgd", "worst")]

@@ -2,8 +2,8 @@
 
     python scripts/figures.py [STUDY]
 
-STUDY is a folder that holds tables/, or the name of a study under results/. Without it: every study of
-results/reference, or the study under results/ whose tables are newest if that holds none.
+STUDY is a folder that holds tables/, or the name of a study under results/ or results/reference/. Without it: every
+study of results/reference, or the study under results/ whose tables are newest if that holds none.
 """
 
 import os
@@ -35,7 +35,7 @@ def find_studies(name: str | None, results: Path) -> list[Path]:
         UserError: If there is no such study, or it has no tables.
     """
     if name is not None:
-        candidates = [Path(name), results / name]
+        candidates = [Path(name), results / name, results / REFERENCE / name]
         for candidate in candidates:
             if (candidate / TABLE).is_file():
                 return [candidate.resolve()]

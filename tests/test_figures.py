@@ -227,8 +227,18 @@ def test_landing_shows_every_model_once(drawn: dict[str, Figure]) -> None:
     axis = next(axis for axis in drawn["where_attacks_land-mnist-lenet"].axes if axis.get_title().startswith("PGD"))
     rows = TABLES["landing"].query("data == 'mnist' and attack == 'pgd' and epsilon_label == '0.2'")
     rows = rows[rows["excluded"].isna()]
-    points = np.concatenate([line.get_ydata() for line in axis.lines if line.get_linestyle() == "None"])
+    points = np.concatenate([line.get_xdata() for line in axis.lines if line.get_linestyle() == "None"])
     assert np.allclose(np.sort(points), np.sort(100 * rows["runner_up_rate"]))
+
+
+def test_bands_are_left_out_where_they_would_cover_each_other() -> None:
+    rows = TABLES["accuracy"].query("data == 'mnist' and loss == 'dr_softmax' and loss_weight == 0.005")
+    for n_settings, n_bands in ((16, 16), (17, 0)):
+        many = [rows.assign(loss_weight=0.001 * (1 + i), run_id=rows["run_id"] + str(i)) for i in range(n_settings)]
+        figure = epsilon_curves(pd.concat(many), "mnist", "lenet")
+        panel = next(axis for axis in figure.axes if axis.get_title().startswith("PGD"))
+        assert len(panel.collections) == n_bands
+        assert ("too many losses for bands" in figure.get_suptitle()) == (n_bands == 0)
 
 
 def test_smallest_study_can_be_drawn() -> None:
