@@ -3,19 +3,22 @@
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from drs.config import PROJECT_ROOT
 from drs.errors import UserError
 from drs.figure_style import included, of_setting, setting_label, settings
 from drs.files import atomic_write
-from drs.markdown import NONE, escape, fixed, group_name, percent, table
+from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 README_STUDY = "laptop"
 """The study of results/reference that README.md is filled from."""
+BENCH = PROJECT_ROOT / "results" / "bench" / "bench.csv"
 OVERALL = "all"
 PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
 """Whether the paper says so (arXiv 2303.12363)."""
@@ -119,11 +122,71 @@ def survival_block(study_dir: Path) -> str:
     return table(headers, rows, align="llr")
 
 
+def questions_block(study_dir: Path) -> str:
+    """Return what was measured here on questions that the paper leaves open."""
+    carried, combined = [], []
+    for (data, model), group in read_tables(study_dir)["comparators"].groupby(["data", "model"], sort=False):
+        where = group_name(str(data), str(model))
+        for _, row in of_setting(group, (PRIMARY_LOSS, PRIMARY_WEIGHT)).iterrows():
+            gains = [percent(row[name], sign=True) + _bounds(row, name) for name in ("gain_pgd", "gain_worst")]
+            pairs = int(row["n_pairs"]) if pd.notna(row["n_pairs"]) else 0
+            carried.append(f"{where}: {gains[0]} points under PGD, {gains[1]} in the worst case, n = {pairs}")
+        trained = [group[group["loss"] == name] for name in ("adversarial", f"adversarial+{PRIMARY_LOSS}")]
+        if all(map(len, trained)):
+            combined.append(f"{where}: {'; '.join(_standing(rows.iloc[0]) for rows in trained)}")
+    masking, everything = "How much of the gain is masking", "All losses and procedures"
+    answers = [
+        ("Other data and architectures: gain at the published weight", carried, _section_link(study_dir, masking)),
+        ("Together with adversarial training (AT)", combined, _section_link(study_dir, everything)),
+        (
+            "Large label sets: time of the loss, forward and backward, against cross-entropy's",
+            _label_sets(),
+            "[benchmark](results/bench/REPORT.md)",
+        ),
+    ]
+    cells = [[question, "<br>".join(lines) or NONE, link] for question, lines, link in answers]
+    return table(["question", "measured here", "evidence"], cells, align="l")
+
+
+def _bounds(row: "pd.Series[Any]", name: str) -> str:
+    return interval(*(percent(row[f"{name}_{end}"], sign=True) for end in ("low", "high")))
+
+
+def _standing(row: "pd.Series[Any]") -> str:
+    return (
+        f"{setting_label(str(row['loss']), float(row['loss_weight']))} {percent(row['mean.clean'])} % clean and "
+        f"{percent(row['mean.worst_linf'])} % in the worst case (n = {int(row['n_seeds'])})"
+    )
+
+
+def _label_sets() -> list[str]:
+    """Write the ratio of times for each size of the logits, as the benchmark measured it."""
+    rows = pd.read_csv(BENCH)
+    wanted = (rows["section"] == "loss") & rows["case"].str.startswith("forward and backward") & ~rows["tried"]
+    lines = []
+    for (case, device), sizes in rows[wanted].groupby(["case", "device"], sort=False):
+        size = str(case).partition(", ")[2].replace(" x ", " × ")
+        ratios = [
+            f"× {fixed(row['ratio'], 2)}{interval(fixed(row['low'], 2), fixed(row['high'], 2))} on "
+            f"{int(row['threads'])} thread{'s' if row['threads'] > 1 else ''}"
+            for _, row in sizes.iterrows()
+            if pd.notna(row["ratio"])
+        ]
+        lines.append(f"{size} logits, {str(device).upper()}: {', '.join(ratios) or 'not measured'}")
+    return lines
+
+
 def _mean(models: pd.DataFrame, column: str) -> str:
     return percent(float(models[column].mean())) + " %" if column in models and len(models) else "–"
 
 
-BLOCKS = {"claims": claims_block, "hardware": hardware_block, "accuracy": accuracy_block, "survival": survival_block}
+BLOCKS = {
+    "claims": claims_block,
+    "hardware": hardware_block,
+    "accuracy": accuracy_block,
+    "survival": survival_block,
+    "questions": questions_block,
+}
 
 
 def fill(text: str, study_dir: Path) -> str:

@@ -3,25 +3,51 @@
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from synthetic import study_tables, write_study
 
+from drs import readme
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
-from drs.readme import fill
+from drs.readme import README_STUDY, fill
 
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
-REFERENCE = PROJECT_ROOT / "results" / "reference" / "laptop"
+REFERENCE = PROJECT_ROOT / "results" / "reference" / README_STUDY
 
 
 def test_numbers_in_the_readme_come_from_the_reference_tables() -> None:
-    assert fill(README, REFERENCE) == README, "run scripts/readme.py"
+    assert fill(README, REFERENCE) == README, "make readme"
 
 
 def test_a_number_typed_by_hand_would_be_noticed() -> None:
     assert fill(README.replace("**not supported**", "**supported**"), REFERENCE) == README
     with pytest.raises(UserError, match="claims"):
         fill(README.replace("<!-- claims -->", ""), REFERENCE)
+
+
+def test_open_questions_are_answered_from_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"data": "mnist", "model": "lenet", "loss_weight": 0.0, "n_seeds": 2, "mean.clean": 0.97, "n_pairs": np.nan}
+    ours = {**row, "loss": "dr_softmax", "loss_weight": 0.005, "n_pairs": 4, "gain_pgd": 0.04, "gain_worst": -0.01}
+    bounds = {"gain_pgd_low": 0.01, "gain_pgd_high": 0.07, "gain_worst_low": -0.03, "gain_worst_high": 0.01}
+    trained = {**row, "loss": "adversarial", "mean.worst_linf": 0.85}
+    both = {**trained, "loss": "adversarial+dr_softmax", "loss_weight": 0.005, "mean.worst_linf": 0.86}
+    write_study(
+        tmp_path / "one",
+        {"models": study_tables()["models"], "comparators": pd.DataFrame([ours | bounds, trained, both])},
+    )
+    bench = pd.read_csv(readme.BENCH)
+    bench.loc[bench["case"].str.endswith("256 x 50257"), ["ratio", "low", "high"]] = [1.5, 1.4, 1.6]
+    bench.loc[bench["case"].str.endswith("1024 x 1000"), "ratio"] = np.nan
+    bench.to_csv(tmp_path / "bench.csv", index=False)
+    monkeypatch.setattr(readme, "BENCH", tmp_path / "bench.csv")
+    text = readme.questions_block(tmp_path / "one")
+    assert "mnist/lenet: +4.0 [+1.0, +7.0] points under PGD, −1.0 [−3.0, +1.0] in the worst case, n = 4" in text
+    assert "AT 97.0 % clean and 85.0 % in the worst case (n = 2); AT + DR 0.005 97.0 % clean and 86.0 %" in text
+    assert "256 × 50257 logits, CPU: × 1.50 [1.40, 1.60] on 1 thread" in text
+    assert "1024 × 1000 logits, CPU: not measured" in text
 
 
 def test_files_that_the_readme_links_to_exist() -> None:
