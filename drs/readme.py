@@ -54,17 +54,27 @@ def _section_link(study_dir: Path, title: str) -> str:
     return f"[{title[0].lower()}{title[1:]}](results/reference/{study_dir.name}/REPORT.md#{anchor})"
 
 
-def hardware_block(study_dir: Path) -> str:
-    """Return one sentence on what the study ran on, when, and how long training and attacks took."""
-    content = read_provenance(study_dir)
-    machine, seconds, versions = content["hardware"], content["wall_seconds"], content["versions"]
-    gpu = "no GPU" if machine["gpu"] == "none" else machine["gpu"]
-    return (
-        f"Run on {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {gpu}, on "
-        f"{content['created'][:10]} with Python {versions['python']} and torch {versions['torch']}: "
-        f"{seconds['train'] / 60:.1f} min of training and {seconds['attack'] / 60:.1f} min of attacks, at commit "
-        f"`{content['commit'][:10]}`."
-    )
+def studies_block(study_dir: Path) -> str:
+    """Return a table of the studies in the same folder: their models, what they ran on, when, and how long it took."""
+    rows = []
+    for path in sorted(study_dir.parent.glob("*/provenance.json")):
+        folder, content = path.parent, read_provenance(path.parent)
+        models = read_tables(folder)["models"]
+        counts = models.groupby(["data", "model"], sort=False).size()
+        machine, seconds, versions = content["hardware"], content["wall_seconds"], content["versions"]
+        gpu = "no GPU" if machine["gpu"] == "none" else machine["gpu"]
+        rows.append(
+            [
+                f"[{folder.name}](results/reference/{folder.name}/REPORT.md)",
+                "<br>".join(f"{group_name(*names)}: {count}" for names, count in counts.items()),  # type: ignore[misc]
+                f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {gpu}",
+                fixed(seconds["train"] / 60, 1),
+                fixed(seconds["attack"] / 60, 1),
+                f"{content['created'][:10]}, torch {versions['torch']}, commit `{content['commit'][:10]}`",
+            ]
+        )
+    headers = ["study", "models", "ran on", "training (min)", "attacks (min)", "when, with what"]
+    return table(headers, rows, align="lllrrl")
 
 
 def accuracy_block(study_dir: Path) -> str:
@@ -182,7 +192,7 @@ def _mean(models: pd.DataFrame, column: str) -> str:
 
 BLOCKS = {
     "claims": claims_block,
-    "hardware": hardware_block,
+    "studies": studies_block,
     "accuracy": accuracy_block,
     "survival": survival_block,
     "questions": questions_block,
