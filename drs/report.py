@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import matplotlib
 import pandas as pd
+from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
 from drs import report_checks, report_statistics, report_tables, report_text
@@ -49,6 +50,8 @@ COLUMNS = {
     "sample_correlations": [*_RUN, "attack", "statistic", "n", "n_not_found", "coefficient", "excluded"],
     "claims": ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model"],
 }  # fmt: skip
+FIGURES_A_WORKER = 6
+"""Fewer are drawn before another process has started."""
 _TEXT = ("run_id", "data", "model", "loss", "attack", "norm", "epsilon_label", "excluded", "reason", "device")
 
 
@@ -98,12 +101,13 @@ def mark_failed_checks(tables: Tables) -> Tables:
     return tables
 
 
-def draw_figures(study_dir: str | Path, kind: str | None = None) -> list[Path]:
+def draw_figures(study_dir: str | Path, kind: str | None = None, workers: int = 1) -> list[Path]:
     """Draw a study's figures as PNG and PDF into ``<study_dir>/figures`` and remove those of earlier runs.
 
     Args:
         study_dir: Folder that holds ``tables/``; nothing else is read.
         kind: One of ``KINDS`` to draw (and clean up) only that kind.
+        workers: How many processes draw, at most: one starts for every ``FIGURES_A_WORKER`` figures.
 
     Returns:
         The files written, PNG before PDF, in the order of the report.
@@ -114,15 +118,24 @@ def draw_figures(study_dir: str | Path, kind: str | None = None) -> list[Path]:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    folder, written = Path(study_dir) / "figures", []
-    for planned in plan_figures(read_tables(study_dir)):
-        if kind not in (None, planned.kind):
-            continue
-        written += save_figure(planned.draw(), folder, planned.name)
+    folder = Path(study_dir) / "figures"
+    names = [figure.name for figure in plan_figures(read_tables(study_dir)) if kind in (None, figure.kind)]
+    workers = min(workers, max(1, len(names) // FIGURES_A_WORKER))
+    # Neighbours take about as long as each other: every worker gets some of each kind.
+    parts = [names[index::workers] for index in range(workers)]
+    drawn = Parallel(n_jobs=workers)(delayed(_draw_named)(Path(study_dir), part) for part in parts if part)
+    # A file's name ends before its last point; a figure's own name may hold points.
+    order = {name: position for position, name in enumerate(names)}
+    written = sorted((path for paths in drawn for path in paths), key=lambda path: order[path.stem])
     for path in sorted(folder.glob("*.p[nd][gf]")):
         if path.stem.split("-")[0] in (KINDS if kind is None else (kind,)) and path not in written:
             path.unlink()
     return written
+
+
+def _draw_named(study_dir: Path, names: list[str]) -> list[Path]:
+    plan = [figure for figure in plan_figures(read_tables(study_dir)) if figure.name in names]
+    return [path for figure in plan for path in save_figure(figure.draw(), study_dir / "figures", figure.name)]
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
