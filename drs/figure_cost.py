@@ -99,10 +99,13 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
     rows = comparators[comparators["gain_pgd"].notna()]
     pairs = groups(rows)
     counts = [len(of_group(rows, data, model)) for data, model in pairs]
-    height = 0.26 * max(counts) + 0.9
-    figure = Figure(figsize=(WIDTH, height + 0.7), layout="constrained")
-    axes = figure.subplots(1, len(pairs), squeeze=False)[0]
-    for axis, (data, model) in zip(axes, pairs, strict=True):
+    columns = min(2, len(pairs))
+    heights = [0.26 * max(counts[start : start + columns]) + 0.9 for start in range(0, len(counts), columns)]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.7), layout="constrained")
+    axes = figure.subplots(len(heights), columns, height_ratios=heights, squeeze=False).ravel()
+    for axis in axes[len(pairs) :]:
+        axis.set_axis_off()
+    for axis, (data, model) in zip(axes[: len(pairs)], pairs, strict=True):
         group = of_group(rows, data, model)
         shown = settings(group)
         names = []

@@ -28,7 +28,7 @@ from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables, save_figure
 from drs.runs import RunFolder
 from drs.samples import attack_samples
-from drs.selection import group_models, standard_models
+from drs.selection import best_weight, group_models, standard_models
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 REPORTS = ("REPORT.md", "report.html", "provenance.json")
@@ -63,8 +63,7 @@ def chosen_runs(study: Path) -> dict[str, str]:
         ours = models[(models["loss"] == PRIMARY_LOSS) & models["seed"].isin(baseline.index)]
         if ours.empty:
             continue
-        means = ours.groupby("loss_weight")["worst"].mean().round(9)
-        weight = min(means.index, key=lambda weight: (-means[weight], abs(weight - PRIMARY_WEIGHT)))
+        weight = best_weight(ours.groupby("loss_weight")["worst"].mean(), PRIMARY_WEIGHT)
         best = ours[ours["loss_weight"] == weight].sort_values("seed").iloc[0]
         chosen[f"{data}-{model}-{BASELINE}"] = str(baseline[best["seed"]])
         chosen[f"{data}-{model}-{PRIMARY_LOSS}"] = str(best["run_id"])

@@ -14,9 +14,10 @@ from drs.files import atomic_write
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
+from drs.selection import best_weight
 from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
-README_STUDY = "laptop"
+README_STUDY = "desktop"
 """The study of results/reference that README.md is filled from."""
 BENCH = PROJECT_ROOT / "results" / "bench" / "bench.csv"
 OVERALL = "all"
@@ -111,7 +112,7 @@ def survival_block(study_dir: Path) -> str:
         mine = worst[(worst["data"] == data) & (worst["model"] == model) & (worst["norm"] == "linf")]
         bounds = ", ".join(dict.fromkeys(mine["epsilon_label"].astype(str)))
         means_of_dr = mine[mine["loss"] == PRIMARY_LOSS].groupby("loss_weight")["worst"].mean()
-        kept = {PRIMARY_WEIGHT, means_of_dr.idxmax() if len(means_of_dr) else PRIMARY_WEIGHT}
+        kept = {PRIMARY_WEIGHT, best_weight(means_of_dr, PRIMARY_WEIGHT) if len(means_of_dr) else PRIMARY_WEIGHT}
         for setting in settings(group):
             if setting[0] == PRIMARY_LOSS and setting[1] not in kept:
                 continue

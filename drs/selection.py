@@ -38,3 +38,13 @@ def accuracy_columns(models: pd.DataFrame) -> dict[str, str]:
     names = {"clean": "clean_accuracy"} if "clean_accuracy" in models else {}
     attacks = [str(column) for column in models if str(column).startswith("acc.") and "@" in str(column)]
     return names | {column.removeprefix("acc."): column for column in attacks}
+
+
+def best_weight(standing: "pd.Series[float]", near: float) -> float:
+    """Return the weight that stands best, between equals the one nearest to ``near``.
+
+    Args:
+        standing: Accuracy by weight, not empty.
+    """
+    rounded = standing.round(9)
+    return float(min(rounded.index, key=lambda weight: (-rounded[weight], abs(weight - near))))
