@@ -1,14 +1,16 @@
 """A study's tables -> its figures and REPORT.md. Reads ``tables/*.csv`` and ``provenance.json``; computes no result."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import matplotlib
 import pandas as pd
-from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
 from drs import report_checks, report_statistics, report_tables, report_text
@@ -123,7 +125,11 @@ def draw_figures(study_dir: str | Path, kind: str | None = None, workers: int = 
     workers = min(workers, max(1, len(names) // FIGURES_A_WORKER))
     # Neighbours take about as long as each other: every worker gets some of each kind.
     parts = [names[index::workers] for index in range(workers)]
-    drawn = Parallel(n_jobs=workers)(delayed(_draw_named)(Path(study_dir), part) for part in parts if part)
+    if workers == 1:
+        drawn = [_draw_named(Path(study_dir), names)]
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            drawn = list(pool.map(_draw_named, repeat(Path(study_dir)), parts))
     # A file's name ends before its last point; a figure's own name may hold points.
     order = {name: position for position, name in enumerate(names)}
     written = sorted((path for paths in drawn for path in paths), key=lambda path: order[path.stem])

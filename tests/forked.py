@@ -108,7 +108,9 @@ def start(
     code = 70
     try:
         os.setsid()
-        multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]  # those of the tests' process
+        # Those of the tests' process, which this one cannot end or join.
+        multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+        multiprocessing.process._children.clear()  # type: ignore[attr-defined]
         # A test that fails, or that someone ends, leaves no training behind that would take hours.
         ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
         for number, file in ((1, process.out), (2, process.err)):

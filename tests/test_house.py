@@ -123,14 +123,28 @@ def test_make_lists_its_targets() -> None:
     listed = _make().splitlines()
     names = [line.split()[1] for line in listed]
     assert names == [
-        "setup", "data", "smoke", "reproduce", "status", "figures", "publish", "bench", "bundle", "merge", "test",
-        "test-slow", "test-bundle", "test-slurm", "test-scale", "lint", "clean", "lock",
+        "setup", "data", "smoke", "reproduce", "status", "figures", "publish", "readme", "bench", "bundle", "merge",
+        "test", "test-slow", "test-bundle", "test-slurm", "test-scale", "lint", "clean", "lock",
     ]  # fmt: skip
     assert all(len(line) <= 120 and len(line.split()) > 2 for line in listed)
 
 
 @pytest.mark.parametrize(
-    "target", ["data", "smoke", "reproduce", "status", "figures", "publish", "bench", "bundle", "merge", "test", "lint"]
+    "target",
+    [
+        "data",
+        "smoke",
+        "reproduce",
+        "status",
+        "figures",
+        "publish",
+        "readme",
+        "bench",
+        "bundle",
+        "merge",
+        "test",
+        "lint",
+    ],
 )
 def test_targets_set_up_first_and_call_scripts_that_exist(target: str) -> None:
     plan = _make("-n", target)

@@ -134,6 +134,7 @@ def test_transfer_crafts_on_the_source_and_is_judged_on_the_target(digits_model:
     config = TransferConfig("transfer", "linf")
     direct = standing(build_attack(config, source=digits_model), digits_model, images, labels, 0.15)
     assert direct.float().mean() < 0.3
+    assert all(parameter.requires_grad for parameter in digits_model.parameters()), "the source is left as it was"
     blind = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     useless = standing(build_attack(config, source=blind), digits_model, images, labels, 0.15)
     assert useless.float().mean() > direct.float().mean() + 0.2

@@ -4,6 +4,7 @@ Projected gradient descent after Madry et al. 2018 (arXiv 1706.06083), on object
 step shrinks to 0 along half a cosine, so that the last iterates settle.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -181,7 +182,7 @@ class Transfer:
     """Margin PGD on another model of the same data; the target is never asked (Papernot et al. 2016, 1605.07277).
 
     Args:
-        source: The model to attack, in eval mode, on the device of the images.
+        source: The model to attack, in eval mode, on the device of the images. It is copied.
         norm: ``linf`` or ``l2``.
         steps: Gradient steps.
         relative_step_size: The first step as a share of epsilon.
@@ -191,7 +192,7 @@ class Transfer:
     bounded = True
 
     def __init__(self, source: nn.Module, norm: str, steps: int, relative_step_size: float) -> None:
-        self.source = source.requires_grad_(False)
+        self.source = copy.deepcopy(source).requires_grad_(False)  # the caller may go on training its own
         self.norm = norm
         self.steps = steps
         self.relative_step_size = relative_step_size
