@@ -38,7 +38,7 @@ rm -f "$stamp"
 "$python" -m venv --clear .venv
 .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.lock
 # On all cores, which pip does not use. A few files are templates or for other versions of Python, and do not compile.
-.venv/bin/python -m compileall -qq -j 0 .venv/lib >/dev/null 2>&1 || true
+.venv/bin/python -m compileall -qq -j 0 .venv/lib drs scripts >/dev/null 2>&1 || true
 # setuptools is in the lock, so that nothing needs to be fetched to build the package.
 .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 wanted >"$stamp.tmp"

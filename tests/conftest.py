@@ -23,7 +23,7 @@ from drs.training import fit
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what tests/test_kills.py is asked for."""
-    parser.addoption("--kills", type=int, default=6, help="how often test_kills.py kills a sweep (50: the long form)")
+    parser.addoption("--kills", type=int, default=3, help="how often test_kills.py kills a sweep (50: the long form)")
     parser.addoption("--kill-seed", type=int, default=0, help="of the moments at which it does")
 
 

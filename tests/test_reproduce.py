@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose_train
 from synthetic import PROVENANCE, study_tables, write_study
 
 from drs.errors import UserError
@@ -46,10 +47,15 @@ def test_plan_of_smoke(results: Path, tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in text.splitlines() if str(results) not in line)
 
 
-def test_plan_names_the_procedure_of_a_training(results: Path, tmp_path: Path) -> None:
-    lines = reproduce.plan_text(reproduce.make_plan("laptop"), tmp_path / "reference", width=200).splitlines()
-    for procedure in ("adversarial", "adversarial+dr_softmax", "trades"):
-        assert f"  mnist/lenet {procedure}: 1 training of 3 epochs" in lines
+def test_plan_names_the_procedure_of_a_training() -> None:
+    jobs = [compose_train("data=mnist", "model=lenet", "epochs=3", *job) for job in (
+        ("loss=ce",), ("loss=ce", "procedure=adversarial", "procedure.epsilon=0.1"),
+        ("loss=dr_softmax", "procedure=adversarial", "procedure.epsilon=0.1"),
+        ("loss=ce", "procedure=trades", "procedure.epsilon=0.1"),
+    )]  # fmt: skip
+    lines = reproduce._training_lines("mnist/lenet", jobs)
+    names = ("ce", "adversarial", "adversarial+dr_softmax", "trades")
+    assert lines == [f"  mnist/lenet {name}: 1 training of 3 epochs" for name in names]
 
 
 def test_plan_knows_what_is_done_and_how_long_it_took(results: Path, tmp_path: Path) -> None:
