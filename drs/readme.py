@@ -56,21 +56,23 @@ def _section_link(study_dir: Path, title: str) -> str:
 
 
 def studies_block(study_dir: Path) -> str:
-    """Return a table of the studies in the same folder: their models, what they ran on, when, and how long it took."""
+    """Return a table of the reference studies, or of another study alone: its models, machine, date and times."""
     rows = []
-    for path in sorted(study_dir.parent.glob("*/provenance.json")):
-        folder, content = path.parent, read_provenance(path.parent)
+    reference = study_dir.parent.name == "reference"
+    for folder in sorted(path.parent for path in study_dir.parent.glob("*/provenance.json")):
+        if not reference and folder.name != study_dir.name:
+            continue  # someone's other studies may be unfinished
+        content = read_provenance(folder)
         models = read_tables(folder)["models"]
         counts = models.groupby(["data", "model"], sort=False).size()
-        machine, seconds, versions = content["hardware"], content["wall_seconds"], content["versions"]
+        machine, seconds, versions = content["hardware"], content.get("wall_seconds") or {}, content["versions"]
         gpu = "no GPU" if machine["gpu"] == "none" else machine["gpu"]
         rows.append(
             [
                 f"[{folder.name}](results/reference/{folder.name}/REPORT.md)",
                 "<br>".join(f"{group_name(*names)}: {count}" for names, count in counts.items()),  # type: ignore[misc]
                 f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {gpu}",
-                fixed(seconds["train"] / 60, 1),
-                fixed(seconds["attack"] / 60, 1),
+                *(fixed(seconds[step] / 60, 1) if step in seconds else NONE for step in ("train", "attack")),
                 f"{content['created'][:10]}, torch {versions['torch']}, commit `{content['commit'][:10]}`",
             ]
         )

@@ -28,6 +28,15 @@ def test_a_number_typed_by_hand_would_be_noticed() -> None:
         fill(README.replace("<!-- claims -->", ""), REFERENCE)
 
 
+def test_a_study_of_ones_own_is_listed_alone_and_the_reference_whole(tmp_path: Path) -> None:
+    names = {}
+    for parent in ("reference", "results"):
+        for name in ("one", "two"):
+            write_study(tmp_path / parent / name, {"models": study_tables()["models"]})
+        names[parent] = re.findall(r"^\| \[(\w+)\]", readme.studies_block(tmp_path / parent / "two"), re.M)
+    assert names == {"reference": ["one", "two"], "results": ["two"]}
+
+
 def test_open_questions_are_answered_from_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"data": "mnist", "model": "lenet", "loss_weight": 0.0, "n_seeds": 2, "mean.clean": 0.97, "n_pairs": np.nan}
     ours = {**row, "loss": "dr_softmax", "loss_weight": 0.005, "n_pairs": 4, "gain_pgd": 0.04, "gain_worst": -0.01}
