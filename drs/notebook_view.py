@@ -64,7 +64,7 @@ class StudyView:
 
     def write_reports(self) -> list[Path]:
         """Write REPORT.md and report.html with the figures as they are now; return the two paths."""
-        return [write_report(self.study_dir), write_html(self.study_dir)]
+        return [write_report(self.study_dir, list(self._sections.values())), write_html(self.study_dir)]
 
     def _image(self, name: str, title: str) -> str:
         content = base64.b64encode((self.study_dir / "figures" / f"{name}.png").read_bytes()).decode()

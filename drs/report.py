@@ -11,6 +11,8 @@ from urllib.parse import quote
 
 import matplotlib
 import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
 from drs import report_checks, report_statistics, report_tables, report_text
@@ -146,16 +148,16 @@ def _draw_named(study_dir: Path, names: list[str]) -> list[Path]:
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure as PNG and as PDF, in the house style; return the two files."""
-    written = []
-    for ending in ("png", "pdf"):
-        path = folder / f"{name}.{ending}"
+    # The canvases are called directly: Figure.savefig draws a figure with a layout engine once more for each file.
+    figure.dpi = STYLE["savefig.dpi"]
+    png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
+    with matplotlib.rc_context(STYLE), atomic_write(png) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
+    figure.set_layout_engine("none")  # the layout found for the PNG serves the PDF
+    with matplotlib.rc_context(STYLE), atomic_write(pdf) as temporary:
         # A date in the file would make every redraw a change.
-        metadata = {"CreationDate": None} if ending == "pdf" else None
-        with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
-            figure.savefig(temporary, format=ending, metadata=metadata)
-        figure.set_layout_engine("none")  # the layout found for the PNG serves the PDF
-        written.append(path)
-    return written
+        FigureCanvasPdf(figure).print_pdf(temporary, metadata={"CreationDate": None})
+    return [png, pdf]
 
 
 def read_provenance(study_dir: str | Path) -> dict[str, Any]:
@@ -244,8 +246,12 @@ def report_sections(tables: Tables, provenance: dict[str, Any]) -> list[Section]
     ]
 
 
-def write_report(study_dir: str | Path) -> Path:
+def write_report(study_dir: str | Path, sections: list[Section] | None = None) -> Path:
     """Write ``<study_dir>/REPORT.md`` from the study's tables, its figures and its provenance.
+
+    Args:
+        study_dir: The study's folder.
+        sections: What ``report_sections`` returns for it, where that is at hand: it takes seconds for a large study.
 
     Returns:
         The path of the report.
@@ -261,7 +267,7 @@ def write_report(study_dir: str | Path) -> Path:
     text = [f"# {escape(name)}: does the softmax distribution explain robustness?", report_text.summary(tables, strong)]
     if has_failed(tables["models"]).any():
         text.append(report_checks.MARK_NOTE)
-    for section in report_sections(tables, provenance):
+    for section in sections or report_sections(tables, provenance):
         text += [f"## {section.title}", section.body, *_embedded(study_dir, plan, section.kinds)]
     path = study_dir / "REPORT.md"
     with atomic_write(path) as temporary:
