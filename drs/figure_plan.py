@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from drs import figure_cost, figure_summary, figures
-from drs.figure_style import count, groups, included, of_group
+from drs.figure_style import count, groups, included, of_group, settings
 from drs.verdicts import PRIMARY_STATISTIC
 
 Tables = dict[str, pd.DataFrame]
@@ -49,6 +49,21 @@ def _chance(tables: Tables, data: str, model: str) -> float | None:
     return None if ranks.empty else 1 / (int(ranks.max()) + 1)
 
 
+def _families(rows: pd.DataFrame, tag: str, where: str) -> list[tuple[str, str, pd.DataFrame]]:
+    """Share out the losses of a group where their bands would hide each other: DR-softmax here, the others there.
+
+    Returns:
+        File name tag, title and rows of each figure; cross-entropy is in all of them.
+    """
+    dr, ce = rows["loss"] == "dr_softmax", rows["loss"] == "ce"
+    if len(settings(rows)) <= figures.MOST_BANDS or not (~dr & ~ce).any():
+        return [(tag, where, rows)]
+    return [
+        (tag, f"{where}, DR-softmax", rows[dr | ce]),
+        (f"{tag}-others", f"{where}, other losses and procedures", rows[~dr]),
+    ]
+
+
 def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigure]:
     models, accuracy = tables["models"], tables["accuracy"]
     where, tag = f"{data}, {model}", f"{data}-{model}"
@@ -68,12 +83,14 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
                 figures.statistic_vs_accuracy, models, accuracy, tables["correlations"], statistic, data, model
             )
             yield _planned("statistic_vs_accuracy", f"{statistic}-{tag}", where, caption, draw)
-        caption = (
-            f"Mean over seeds, bands of one standard deviation ({usable}); ε = 0 is the whole clean test set. "
-            "Accuracy below chance is to be expected: an attack picks the wrong class on purpose."
-        )
-        draw = partial(figures.epsilon_curves, accuracy, data, model, chance=_chance(tables, data, model))
-        yield _planned("epsilon_curves", tag, where, caption, draw)
+        for own_tag, title, rows in _families(of_group(accuracy, data, model), tag, where):
+            shown = count(included(rows)["run_id"].nunique(), "model")
+            caption = (
+                f"Mean over seeds, bands of one standard deviation ({shown}); ε = 0 is the whole clean test set. "
+                "Accuracy below chance is to be expected: an attack picks the wrong class on purpose."
+            )
+            draw = partial(figures.epsilon_curves, rows, data, model, chance=_chance(tables, data, model))
+            yield _planned("epsilon_curves", own_tag, title, caption, draw)
     landed = of_group(included(tables["landing"]), data, model)
     if len(landed):
         caption = (
@@ -84,15 +101,14 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
         draw = partial(figures.where_attacks_land, tables["landing"], tables["landing_matrices"], data, model)
         yield _planned("where_attacks_land", tag, where, caption, draw)
     trained = of_group(tables["training"], data, model)
-    if len(trained):
+    for own_tag, title, rows in _families(trained, tag, where) if len(trained) else []:
         caption = (
-            f"Mean over seeds, bands of one standard deviation ({count(trained['run_id'].nunique(), 'run')}). "
+            f"Mean over seeds, bands of one standard deviation ({count(rows['run_id'].nunique(), 'run')}). "
             "Each training minimises its own loss, so training losses of different colours do not compare; validation "
             "loss is cross-entropy for all."
         )
-        yield _planned(
-            "training_curves", tag, where, caption, partial(figures.training_curves, tables["training"], data, model)
-        )
+        draw = partial(figures.training_curves, rows, data, model)
+        yield _planned("training_curves", own_tag, title, caption, draw)
 
 
 def plan_figures(tables: Tables) -> list[PlannedFigure]:

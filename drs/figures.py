@@ -144,20 +144,31 @@ def _epsilon_unit(cells: pd.DataFrame) -> tuple[float, str]:
     return 1.0, "ε (pixel range 0 to 1)"
 
 
-def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbounded_at: float, band: bool) -> None:
+def _band_alpha(n_settings: int) -> float:
+    """Return how opaque a band is: many over each other must leave the lines visible; 0 where there are too many."""
+    return 0.0 if n_settings > MOST_BANDS else 0.15 * min(1.0, 5 / max(n_settings, 1))
+
+
+def _order(setting: Setting) -> float:
+    """Return the matplotlib zorder of a line: cross-entropy lies above what it is compared with."""
+    return 2.5 if setting[0] == "ce" else 2.0
+
+
+def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbounded_at: float, alpha: float) -> None:
     spread = cells.groupby("epsilon")["robust_accuracy"].agg(["mean", "std", "size"]) * [100, 100, 1]
     style = setting_style(*setting)
     finite = spread[np.isfinite(spread.index)]
     x = finite.index.to_numpy(float) * scale
-    axis.plot(x, finite["mean"], **style, markersize=3.5)
-    if band:
+    axis.plot(x, finite["mean"], **style, markersize=3.5, zorder=_order(setting))
+    if alpha:
         low, high = finite["mean"] - finite["std"].fillna(0), finite["mean"] + finite["std"].fillna(0)
-        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axis.fill_between(x, low, high, color=style["color"], alpha=alpha, linewidth=0)
     for _, row in spread[~np.isfinite(spread.index)].iterrows():
         error = 0.0 if np.isnan(row["std"]) else row["std"]
         axis.errorbar(
-            unbounded_at, row["mean"], error, **{**style, "linestyle": "none"}, markersize=3.5, elinewidth=0.8
-        )
+            unbounded_at, row["mean"], error, **{**style, "linestyle": "none"}, markersize=3.5, elinewidth=0.8,
+            zorder=_order(setting),
+        )  # fmt: skip
 
 
 def _spread(banded: bool) -> str:
@@ -182,7 +193,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
     rows = included(of_group(accuracy, data, model))
     clean = rows[rows["attack"] == "clean"]
     shown = [name for name in attacks(rows["attack"]) if name in IN_PANELS]
-    banded = len(settings(rows)) <= MOST_BANDS
+    alpha = _band_alpha(len(settings(rows)))
     figure, axes = panels(len(shown), height=1.95, extra=0.7)
     for axis, attack in zip(axes, shown, strict=True):
         cells = rows[rows["attack"] == attack]
@@ -192,7 +203,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         unbounded_at = 1.22 * (ticks[-1] or 1.0)
         for setting in settings(cells):
             own = pd.concat([of_setting(clean, setting), of_setting(cells, setting)])
-            _curve(axis, own, setting, scale, unbounded_at, banded)
+            _curve(axis, own, setting, scale, unbounded_at, alpha)
         names = [f"{tick:.4g}" for tick in ticks]
         if np.isinf(epsilons).any():
             ticks, names = np.append(ticks, unbounded_at), [*names, "∞"]
@@ -208,7 +219,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
     figure.supylabel("robust accuracy (%)")
     left_out = of_group(accuracy, data, model)["run_id"].nunique() - rows["run_id"].nunique()
     note = f"; {count(left_out, 'excluded model')} left out" if left_out else ""
-    figure.suptitle(f"{data}, {model}: mean over seeds, {_spread(banded)}{note}")
+    figure.suptitle(f"{data}, {model}: mean over seeds, {_spread(alpha > 0)}{note}")
     line = Line2D([], [], color=CHANCE_COLOUR, linestyle=":", linewidth=1, label="chance")
     legend_below(figure, settings(rows), [line] if chance is not None else [], lines=True, rows=rows)
     return figure
@@ -275,16 +286,18 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     ]
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).ravel()
-    banded = len(settings(rows)) <= MOST_BANDS
+    alpha = _band_alpha(len(settings(rows)))
     for axis, (column, label, scale) in zip(axes, kinds, strict=True):
         for setting in settings(rows):
             epochs = of_setting(rows, setting).groupby("epoch")[column].agg(["mean", "std"]) * scale
             style = setting_style(*setting)
-            axis.plot(epochs.index, epochs["mean"], **style, markersize=3 if len(epochs) <= 20 else 0)
-            if banded:
+            axis.plot(
+                epochs.index, epochs["mean"], **style, markersize=3 if len(epochs) <= 20 else 0, zorder=_order(setting)
+            )
+            if alpha:
                 error = epochs["std"].fillna(0)
                 low, high = epochs["mean"] - error, epochs["mean"] + error
-                axis.fill_between(epochs.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+                axis.fill_between(epochs.index, low, high, color=style["color"], alpha=alpha, linewidth=0)
         axis.set_ylabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         losses = rows[column].dropna()
@@ -293,6 +306,6 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
     seeds = span(rows.groupby(["loss", "loss_weight"])["seed"].nunique())
-    figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, {_spread(banded)}")
+    figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, {_spread(alpha > 0)}")
     legend_below(figure, settings(rows), lines=True, rows=rows)
     return figure

@@ -30,6 +30,7 @@ from drs.figure_style import (
 )
 from drs.figure_summary import summary, summary_rows
 from drs.figures import (
+    MOST_BANDS,
     correlation_heatmap,
     epsilon_curves,
     statistic_vs_accuracy,
@@ -239,6 +240,32 @@ def test_bands_are_left_out_where_they_would_cover_each_other() -> None:
         panel = next(axis for axis in figure.axes if axis.get_title().startswith("PGD"))
         assert len(panel.collections) == n_bands
         assert ("too many losses for bands" in figure.get_suptitle()) == (n_bands == 0)
+
+
+@pytest.mark.parametrize(("table", "kind"), [("accuracy", "epsilon_curves"), ("training", "training_curves")])
+def test_losses_too_many_for_bands_are_shared_out_over_two_figures(table: str, kind: str) -> None:
+    rows = TABLES[table].query("data == 'mnist' and loss == 'dr_softmax' and loss_weight == 0.005")
+    ce = TABLES[table].query("data == 'mnist' and loss == 'ce'")
+    others = [rows.assign(loss=loss, loss_weight=0.0, run_id=rows["run_id"] + loss) for loss in ("gce", "trades")]
+
+    def legends(n_weights: int, *more: pd.DataFrame) -> dict[str, list[str]]:
+        weights = [rows.assign(loss_weight=1.0 + i, run_id=rows["run_id"] + str(i)) for i in range(n_weights)]
+        plan = plan_figures({**TABLES, table: pd.concat([ce, *weights, *more])})
+        own = [figure for figure in plan if figure.name.startswith(f"{kind}-mnist-lenet")]
+        return {
+            f"{figure.name}: {figure.title}": [
+                text.get_text() for text in figure.draw().legends[0].get_texts() if text.get_text() != "chance"
+            ]
+            for figure in own
+        }
+
+    name, title = f"{kind}-mnist-lenet", KINDS[kind]
+    assert list(legends(MOST_BANDS - 3, *others)) == [f"{name}: mnist, lenet: {title}"]
+    assert list(legends(MOST_BANDS)) == [f"{name}: mnist, lenet: {title}"], "there is nothing to share out"
+    assert legends(MOST_BANDS - 2, *others) == {
+        f"{name}: mnist, lenet, DR-softmax: {title}": ["CE", *(f"DR {1 + i}" for i in range(MOST_BANDS - 2))],
+        f"{name}-others: mnist, lenet, other losses and procedures: {title}": ["CE", "GCE", "TRADES"],
+    }
 
 
 def test_smallest_study_can_be_drawn() -> None:
