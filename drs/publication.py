@@ -42,9 +42,9 @@ N_IMAGES, N_DRAWN = 10, 3
 def chosen_runs(study: Path) -> dict[str, str]:
     """Return the run ids of the models to publish, under the name of their folder, ``<data>-<model>-<loss>``.
 
-    Per dataset, of the architecture with the most models: of the DR-softmax settings the one with the highest mean
-    accuracy under the worst case in Linf (between equals the one nearest to the published weight), at the lowest seed
-    that cross-entropy has too; and cross-entropy at that seed. A dataset without such a pair has none.
+    Per dataset, of the architecture with the most models: the DR-softmax setting that is best in Linf
+    (``drs.selection.best_weight``), at the lowest seed that cross-entropy has too; and cross-entropy at that seed. A
+    dataset without such a pair has none.
 
     Raises:
         UserError: If the study has no tables.
@@ -58,12 +58,13 @@ def chosen_runs(study: Path) -> dict[str, str]:
         if model != most[data]:
             continue
         # A model has a row for each epsilon.
-        models = rows.groupby(["run_id", "loss", "loss_weight", "seed"], as_index=False)["worst"].mean()
-        baseline = models[models["loss"] == BASELINE].set_index("seed")["run_id"]
+        models = rows.groupby(["run_id", "loss", "loss_weight", "seed"], as_index=False)[["clean", "worst"]].mean()
+        cross_entropy = models[models["loss"] == BASELINE]
+        baseline = cross_entropy.set_index("seed")["run_id"]
         ours = models[(models["loss"] == PRIMARY_LOSS) & models["seed"].isin(baseline.index)]
         if ours.empty:
             continue
-        weight = best_weight(ours.groupby("loss_weight")["worst"].mean(), PRIMARY_WEIGHT)
+        weight = best_weight(ours, float(cross_entropy["clean"].mean()), PRIMARY_WEIGHT)
         best = ours[ours["loss_weight"] == weight].sort_values("seed").iloc[0]
         chosen[f"{data}-{model}-{BASELINE}"] = str(baseline[best["seed"]])
         chosen[f"{data}-{model}-{PRIMARY_LOSS}"] = str(best["run_id"])

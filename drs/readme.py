@@ -12,6 +12,7 @@ from drs.errors import UserError
 from drs.figure_style import included, of_setting, setting_label, settings
 from drs.files import atomic_write
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table
+from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
 from drs.selection import best_weight
@@ -104,8 +105,7 @@ def accuracy_block(study_dir: Path) -> str:
 def survival_block(study_dir: Path) -> str:
     """Return, per group, the losses under PGD and under the worst case on the same images, and their training times.
 
-    Of DR-softmax two weights: the published one, and the one that stands best in the worst case on average. The report
-    has all of them.
+    Of DR-softmax two weights: the published one and the best one (``best_weight``). The report has all of them.
     """
     tables = read_tables(study_dir)
     summary, worst = tables["comparators"], included(tables["worst_case"])
@@ -113,8 +113,10 @@ def survival_block(study_dir: Path) -> str:
     for (data, model), group in summary.groupby(["data", "model"], sort=False):
         mine = worst[(worst["data"] == data) & (worst["model"] == model) & (worst["norm"] == "linf")]
         bounds = ", ".join(dict.fromkeys(mine["epsilon_label"].astype(str)))
-        means_of_dr = mine[mine["loss"] == PRIMARY_LOSS].groupby("loss_weight")["worst"].mean()
-        kept = {PRIMARY_WEIGHT, best_weight(means_of_dr, PRIMARY_WEIGHT) if len(means_of_dr) else PRIMARY_WEIGHT}
+        ours, kept = mine[mine["loss"] == PRIMARY_LOSS], {PRIMARY_WEIGHT}
+        if len(ours):
+            baseline_clean = float(mine.loc[mine["loss"] == BASELINE, "clean"].mean())
+            kept.add(best_weight(ours, baseline_clean, PRIMARY_WEIGHT))
         for setting in settings(group):
             if setting[0] == PRIMARY_LOSS and setting[1] not in kept:
                 continue

@@ -40,11 +40,21 @@ def accuracy_columns(models: pd.DataFrame) -> dict[str, str]:
     return names | {column.removeprefix("acc."): column for column in attacks}
 
 
-def best_weight(standing: "pd.Series[float]", near: float) -> float:
-    """Return the weight that stands best, between equals the one nearest to ``near``.
+MOST_CLEAN_LOSS = 0.1
+"""How much clean accuracy (a share) a weight may lose against cross-entropy and still be called the best."""
+
+
+def best_weight(ours: pd.DataFrame, baseline_clean: float, near: float) -> float:
+    """Return the weight that stands best in the worst case on average, between equals the one nearest to ``near``.
+
+    A weight that costs more than ``MOST_CLEAN_LOSS`` of clean accuracy is not chosen, unless all do.
 
     Args:
-        standing: Accuracy by weight, not empty.
+        ours: Rows of worst_case.csv of one loss, with ``loss_weight``, ``clean`` and ``worst``; not empty.
+        baseline_clean: Mean clean accuracy of cross-entropy on the same images; NaN if there is none.
+        near: A weight.
     """
-    rounded = standing.round(9)
-    return float(min(rounded.index, key=lambda weight: (-rounded[weight], abs(weight - near))))
+    means = ours.groupby("loss_weight")[["clean", "worst"]].mean().round(9)
+    useful = means[~(means["clean"] < round(baseline_clean - MOST_CLEAN_LOSS, 9))]
+    worst = (useful if len(useful) else means)["worst"]
+    return float(min(worst.index, key=lambda weight: (-worst[weight], abs(weight - near))))
