@@ -25,6 +25,7 @@ from drs.benchmarks.packing import fit_packed
 from drs.benchmarks.report import read_provenance, read_rows, report_text, write_rows
 from drs.benchmarks.startup import measured_process
 from drs.benchmarks.suites import suite_rows
+from drs.benchmarks.training import training_rows
 from drs.config import PROJECT_ROOT
 from drs.correlation import correlation_table
 from drs.data import LabelledImages
@@ -120,6 +121,20 @@ def test_loss_rows_count_no_tensor_beyond_one(monkeypatch: pytest.MonkeyPatch) -
     timed, variant, memory = loss_rows(Machine(10, 10))
     assert timed.ratio is not None and timed.repeats == 3 and not timed.tried and variant.tried
     assert memory.ratio is not None and -1 < memory.ratio <= 1.2  # beside [B, K] there are a few [B] tensors
+
+
+def test_training_rows_compare_trainings_that_reach_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("drs.benchmarks.training.REPEATS", 2)
+    config = compose_train(
+        "data=digits", "model=mlp", "loss=ce", "optim=adam", "epochs=4", "batch_size=32", f"data.cache={tmp_path}"
+    )
+    whole, batches, *steps = training_rows(config, ">= 1000")
+    ours, plain = map(float, re.findall(r"([\d.]+) ±", whole.note))
+    assert min(ours, plain) > 80 and abs(ours - plain) < 8
+    assert whole.least > 0 and whole.verdict == "missed"  # type: ignore[operator]
+    assert whole.reason.startswith(f"At the floor the ratio would be {whole.theirs_median / whole.least:.3g}:")  # type: ignore[operator]
+    assert all(row.tried and row.ratio is not None for row in (batches, *steps))
+    assert [row.ours for row in steps] == ["channels first", "bfloat16"]
 
 
 def test_attack_rows_say_who_is_stronger(
