@@ -2,8 +2,8 @@
 
     python scripts/bench.py [--only SECTION]
 
-Sections: loss, training, attacks, sweeps, startup, memory, growth, gpu. Results go to results/bench (bench.csv,
-REPORT.md). Nothing else should run on the machine meanwhile.
+Sections: loss, training, attacks, sweeps, startup, memory, growth, gpu, gpu_training, gpu_studies. Results go to
+results/bench (bench.csv, REPORT.md). Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -24,7 +24,18 @@ from torch import nn
 from drs.allocator import keep_freed_memory
 from drs.attack_config import AttackConfig
 from drs.benchmarks.attacks import attack_rows, look_rows
-from drs.benchmarks.gpu import TARGETS, missing_rows, moved
+from drs.benchmarks.cards import (
+    packing_row,
+    seconds_of,
+    seconds_of_sweep,
+    sharing_row,
+    speedrun_rows,
+    studies_row,
+    study_commands,
+    train_here,
+    train_with_airbench,
+)
+from drs.benchmarks.gpu import missing_rows, moved
 from drs.benchmarks.growth import class_rows, evaluation_rows, table_rows
 from drs.benchmarks.harness import Machine, Row, measure_machine, torch_threads
 from drs.benchmarks.losses import loss_rows, step_rows
@@ -45,6 +56,8 @@ from drs.training import fit
 
 N_IMAGES = 500
 EPSILON = 0.1
+NO_GPU = "no GPU at hand"
+SPEEDRUNS, LENETS = 5, 64
 
 
 def composed(*overrides: str) -> TrainConfig:
@@ -145,14 +158,48 @@ def growth_section(machine: Machine) -> Iterator[Row]:
 def gpu_section(machine: Machine) -> Iterator[Row]:
     """The loss, the step, the attacks and packing on a GPU, where there is one."""
     if not torch.cuda.is_available():
-        yield from missing_rows("no GPU at hand")
+        yield from missing_rows("gpu", NO_GPU)
         return
     yield from moved(loss_rows(machine, "cuda"))
     yield from moved(step_rows(composed("data=cifar10", "model=resnet18", "loss=dr_softmax", "optim=sgd")))
     yield from moved(attacks_on(torch.device("cuda")))
     packed = composed("data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=1")
     yield from moved(packing_rows(packed, torch.device("cuda")))
-    yield from missing_rows("not written yet", TARGETS[2:4] + TARGETS[5:])
+
+
+def gpu_training_section(machine: Machine) -> Iterator[Row]:
+    """Whole trainings on a GPU, where there is one: CIFAR-10 beside airbench, and many LeNets."""
+    if not torch.cuda.is_available():
+        yield from missing_rows("gpu_training", NO_GPU)
+        return
+    device, environment = torch.device("cuda"), dict(os.environ)
+    recipe = [
+        "data=cifar10", "model=resnet9", "loss=ce", "optim=sgd", "epochs=20", "batch_size=512", "precision=bfloat16",
+    ]  # fmt: skip
+    lenets = ["data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=5"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = composed(*recipe)
+        try:
+            theirs = train_with_airbench(folder / "airbench", config, SPEEDRUNS)
+        except ImportError:
+            theirs = None
+        yield from speedrun_rows(train_here(config, device, SPEEDRUNS), theirs, "resnet9, 20 epochs", "cuda")
+        seconds = seconds_of_sweep(recipe, 8, 4, folder / "sharing", environment)
+        yield sharing_row(seconds, 8, 4, theirs, "cuda")
+        swept = {n: seconds_of_sweep(lenets, LENETS, n, folder / f"by-{n}", environment) for n in (4, 8)}
+        yield packing_row(composed(*lenets), LENETS, 60, device, swept)
+
+
+def gpu_studies_section(machine: Machine) -> Iterator[Row]:
+    """The studies for a GPU under the paper suite, where there is one."""
+    if not torch.cuda.is_available():
+        yield from missing_rows("gpu_studies", NO_GPU)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        studies = ("mnist", "cifar10")
+        seconds = seconds_of(study_commands(studies, 4), {**os.environ, "DRS_RESULTS": folder})
+        yield studies_row(studies, seconds, 600, "cuda")
 
 
 SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
@@ -164,6 +211,8 @@ SECTIONS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     "memory": memory_section,
     "growth": growth_section,
     "gpu": gpu_section,
+    "gpu_training": gpu_training_section,
+    "gpu_studies": gpu_studies_section,
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +13,39 @@ import pandas as pd
 import pytest
 import torch
 from conftest import compose_train
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from drs.attack_config import AttackConfig, CWConfig, FGSMConfig, PGDConfig
 from drs.benchmarks.attacks import MODULES, PEERS, attack_rows, look_rows
+from drs.benchmarks.cards import (
+    packing_row,
+    seconds_of_sweep,
+    sharing_row,
+    speedrun_rows,
+    studies_row,
+    study_commands,
+    train_here,
+    train_with_airbench,
+)
 from drs.benchmarks.fewer_calls import loss_by_library_gradient
 from drs.benchmarks.gpu import TARGETS, missing_rows
 from drs.benchmarks.growth import class_rows, made_up_models, table_rows
 from drs.benchmarks.harness import Machine, Row, peak_tensor_bytes, ratio_of_medians, time_in_turn
 from drs.benchmarks.losses import loss_rows
 from drs.benchmarks.packing import fit_packed
-from drs.benchmarks.report import read_provenance, read_rows, report_text, write_rows
+from drs.benchmarks.report import TITLES, read_provenance, read_rows, report_text, write_rows
 from drs.benchmarks.startup import measured_process
 from drs.benchmarks.suites import suite_rows
 from drs.benchmarks.training import training_rows
-from drs.config import PROJECT_ROOT
+from drs.config import PROJECT_ROOT, evaluate_config
 from drs.correlation import correlation_table
 from drs.data import LabelledImages
 from drs.errors import UserError
 from drs.granulated import granulated_table
 from drs.losses import DRSoftmaxLoss
 from drs.provenance import describe_machine
+from drs.sweeper import register_plugins
 from drs.training import fit
 
 ROW = Row(
@@ -231,8 +244,53 @@ def test_a_process_is_measured_with_its_failures() -> None:
 
 
 def test_without_a_gpu_each_of_its_targets_has_a_row() -> None:
-    rows = list(missing_rows("no GPU at hand"))
-    assert len(rows) == len(TARGETS) and {row.verdict for row in rows} == {"not measured"}
+    for section, targets in TARGETS.items():
+        rows = list(missing_rows(section, "no GPU at hand"))
+        assert len(rows) == len(targets) and {row.verdict for row in rows} == {"not measured"}
+        assert {row.section for row in rows} == {section} and section in TITLES
+
+
+def test_whole_trainings_are_timed_and_measured(tmp_path: Path) -> None:
+    overrides = ["data=digits", "model=mlp", "optim=adam", "batch_size=64", f"data.cache={tmp_path}/data"]
+    config = compose_train(*overrides, "loss=ce", "epochs=5")
+    ours = train_here(config, torch.device("cpu"), 2)
+    assert (ours[0] > 0).all() and (ours[1] > 0.85).all() and ours[1][0] != ours[1][1] and config.seed == 0
+    rows = list(speedrun_rows(ours, None, "mlp", "cpu"))
+    assert [row.verdict for row in rows] == ["met" if ours[1].mean() >= 0.94 else "missed", "not measured"]
+    assert "[bench]" in rows[1].note
+    theirs = np.array([2.0, 4.0]), np.array([0.94, 0.95])
+    _, beside = speedrun_rows((np.array([1.0, 3.0]), ours[1]), theirs, "mlp", "cpu")
+    assert beside.ratio == pytest.approx(2 / 3) and "airbench 94.50 %" in beside.note
+    sweep = [*overrides, "loss=dr_softmax", "epochs=1"]
+    seconds = seconds_of_sweep(sweep, 2, 2, tmp_path / "results", dict(os.environ))
+    done = [path.parent.name for path in (tmp_path / "results" / "cards" / "runs").glob("*/checkpoint.safetensors")]
+    assert len(done) == 2
+    shared = sharing_row(30.0, 8, 4, theirs, "cpu")
+    assert (shared.ours_median, shared.theirs_median, shared.verdict) == (16.0, 20.0, "missed")
+    packed = packing_row(compose_train(*sweep), 3, 1e4, torch.device("cpu"), {2: seconds + 1e5})
+    assert (packed.ours, packed.verdict) == ("packed through torch.func", "met") and "a sweep of 2" in packed.note
+    with pytest.raises(RuntimeError, match=r"train\.py .* ended with 2: error: .*modle"):
+        seconds_of_sweep(["modle=mlp"], 1, 1, tmp_path / "results", dict(os.environ))
+
+
+def test_studies_are_those_of_a_gpu_under_the_paper_suite() -> None:
+    register_plugins()
+    for experiment in ("mnist", "cifar10"):
+        train, evaluate = study_commands((experiment,), 4)
+        assert train == ["train.py", f"experiment={experiment}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=4"]
+        assert evaluate[0] == "evaluate.py"
+        with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+            config = evaluate_config(compose("evaluate", evaluate[1:]))
+            paper = evaluate_config(compose("evaluate", ["study=any", "suite=paper"]))
+        assert config.study == experiment and list(config.suite.attacks) == list(paper.suite.attacks)
+    row = studies_row(("mnist", "cifar10"), 660.0, 600, "cuda")
+    assert (row.verdict, row.ratio) == ("missed", 1.1) and row.section in TITLES
+
+
+def test_airbench_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "airbench", None)
+    with pytest.raises(ImportError):
+        train_with_airbench(tmp_path, compose_train("data=cifar10"), 1)
 
 
 def test_unknown_section_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

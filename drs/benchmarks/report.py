@@ -22,6 +22,8 @@ TITLES = {
     "memory": "Memory",
     "growth": "Growth with images, classes and models",
     "gpu": "On a GPU",
+    "gpu_training": "Whole trainings on a GPU",
+    "gpu_studies": "Whole studies on a GPU",
 }
 COLUMNS = [item.name for item in fields(Row)]
 REQUIRED = [item.name for item in fields(Row) if item.default is MISSING]
