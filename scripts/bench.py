@@ -55,7 +55,8 @@ from drs.sweeper import register_plugins
 from drs.training import fit
 
 N_IMAGES = 500
-EPSILON = 0.1
+USUAL_EPSILON = 0.3  # on MNIST (Madry et al. 2018)
+EPSILON = 0.1  # the decisive one of the studies here, where an undefended model keeps much of its accuracy
 NO_GPU = "no GPU at hand"
 SPEEDRUNS, LENETS = 5, 64
 
@@ -113,10 +114,12 @@ def attacks_on(device: torch.device) -> Iterator[Row]:
     )  # fmt: skip
     test, _ = load_test(plain.data, N_IMAGES, device)
     undefended = trained(plain, device)
-    for model, described, target in (
-        (undefended, "undefended lenet", ">= 3"), (trained(adversarial, device), "adversarially trained lenet", ">= 1"),
-    ):  # fmt: skip
-        yield from attack_rows(model, test.pixels(), test.labels, EPSILON, described=described, target=target)
+    for model, epsilon, described, target in (
+        (undefended, USUAL_EPSILON, "undefended lenet", ">= 3"),
+        (undefended, EPSILON, "undefended lenet", ">= 3"),
+        (trained(adversarial, device), EPSILON, "adversarially trained lenet", ">= 1"),
+    ):
+        yield from attack_rows(model, test.pixels(), test.labels, epsilon, described=described, target=target)
     yield from look_rows(undefended, test.pixels(), test.labels, described="undefended lenet")
     suite = paper_suite().suite
     attacks: dict[str, AttackConfig] = suite.attacks
