@@ -10,14 +10,63 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 EagerLoss = Callable[[Tensor], Tensor]
 
+FEW_ELEMENTS = 2**15
+"""Logits of at most so many elements take the form of few calls."""
 
-class _FusedLoss(Function):
-    """One tensor of the logits' size, d, is kept for the backward pass; cross-entropy keeps one too, s."""
+
+def _again(eager: EagerLoss, logits: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient with respect to the logits in a form that can be differentiated again."""
+    with torch.autocast(logits.device.type, enabled=False):
+        value = eager(logits)
+    (twice,) = torch.autograd.grad(value, logits, gradient, create_graph=True)
+    return twice
+
+
+class _LossInFewCalls(Function):
+    """For few elements, where it is calls that take the time: all but p is worked out on the way forward.
+
+    Two tensors of the logits' size are kept, s and the gradient without p; cross-entropy keeps s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
+        """Return the scalar loss; arguments as in ``fused_loss``."""
+        index = labels.unsqueeze(1)
+        values = torch.log_softmax(logits, dim=1)
+        others = values.scatter(1, index, 0.0)
+        deviations = others.sub_(others.sum(dim=1, keepdim=True), alpha=1 / (logits.shape[1] - 1))
+        flat = deviations.scatter_(1, index, 0.0).view(-1)
+        cross_entropy = F.nll_loss(values, labels)
+        if ce_weight != 1:
+            cross_entropy.mul_(ce_weight)
+        value = torch.add(cross_entropy, torch.dot(flat, flat), alpha=weight)
+        rest = deviations.mul_(2 * weight).scatter_(1, index, -ce_weight / len(logits))
+        ctx.save_for_backward(logits, values, rest)
+        ctx.ce_scale, ctx.eager = ce_weight / len(logits), eager
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Return the gradient with respect to the logits."""
+        logits, values, rest = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(ctx.eager, logits, gradient), None, None, None, None
+        result = values.exp()
+        torch.add(rest, result, alpha=ctx.ce_scale, out=result)
+        # On an accelerator, to read the incoming gradient would wait for the device.
+        if gradient.device.type != "cpu" or float(gradient) != 1:
+            result.mul_(gradient)
+        return result, None, None, None, None
+
+
+class _LossInFewPasses(Function):
+    """For many elements. One tensor of the logits' size is kept, d; cross-entropy keeps one too, s."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
@@ -35,13 +84,10 @@ class _FusedLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Return the gradient with respect to the logits; one that can be differentiated again if that is asked for."""
+        """Return the gradient with respect to the logits."""
         logits, deviations, mean, of_label, index = ctx.saved_tensors
         if torch.is_grad_enabled():
-            with torch.autocast(logits.device.type, enabled=False):
-                value = ctx.eager(logits)
-            (twice,) = torch.autograd.grad(value, logits, gradient, create_graph=True)
-            return twice, None, None, None, None
+            return _again(ctx.eager, logits, gradient), None, None, None, None
         # On an accelerator, to read the incoming gradient would wait for the device.
         factor = float(gradient) if gradient.device.type == "cpu" else gradient
         ce_scale = ctx.ce_weight / len(logits) * factor
@@ -56,7 +102,8 @@ class _FusedLoss(Function):
 def fused_loss(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
     """Return ``ce_weight * mean_i CE_i + weight * sum_i penalty_i``, the default penalty of ``distribution_penalty``.
 
-    Agrees with ``eager`` but for rounding. No [B, K] tensor is built beside those that cross-entropy builds.
+    Agrees with ``eager`` but for rounding. Of more than ``FEW_ELEMENTS`` logits, no [B, K] tensor is built beside those
+    that cross-entropy builds; of fewer, one.
 
     Args:
         logits: ``[B, K]``, float32 or float64.
@@ -68,5 +115,6 @@ def fused_loss(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: floa
     """
     if not len(labels) or torch._C._are_functorch_transforms_active():
         return eager(logits)
-    result: Tensor = _FusedLoss.apply(logits, labels, ce_weight, weight, eager)
+    form = _LossInFewCalls if logits.numel() <= FEW_ELEMENTS else _LossInFewPasses
+    result: Tensor = form.apply(logits, labels, ce_weight, weight, eager)
     return result

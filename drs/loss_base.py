@@ -73,8 +73,11 @@ class ClassificationLoss(nn.Module):
         """Return the scalar loss of logits ``[B, K]`` and labels ``[B]``; ``ValueError`` on bad shapes or labels."""
         if self.validate:
             check_targets(logits, labels)
+        logits = full_precision(logits)
+        if not torch.is_autocast_enabled(logits.device.type):  # entering the context takes as long as a small loss
+            return self.compute(logits, labels, phase)
         with torch.autocast(logits.device.type, enabled=False):
-            return self.compute(full_precision(logits), labels, phase)
+            return self.compute(logits, labels, phase)
 
     def compute(self, logits: Tensor, labels: Tensor, phase: int) -> Tensor:
         """Return the scalar loss of checked float32 or float64 logits."""

@@ -28,7 +28,6 @@ from drs.benchmarks.cards import (
     train_here,
     train_with_airbench,
 )
-from drs.benchmarks.fewer_calls import loss_by_library_gradient
 from drs.benchmarks.gpu import TARGETS, missing_rows
 from drs.benchmarks.growth import class_rows, made_up_models, table_rows
 from drs.benchmarks.harness import Machine, Row, peak_tensor_bytes, ratio_of_medians, time_in_turn
@@ -43,7 +42,6 @@ from drs.correlation import correlation_table
 from drs.data import LabelledImages
 from drs.errors import UserError
 from drs.granulated import granulated_table
-from drs.losses import DRSoftmaxLoss
 from drs.provenance import describe_machine
 from drs.sweeper import register_plugins
 from drs.training import fit
@@ -192,16 +190,6 @@ def test_the_suite_and_the_same_attacks_by_hand_find_the_same(
     ]  # fmt: skip
     assert "without cw, which torchattacks does not have" in row.note
     assert all(one == other for _, _, one, other in pairs) and len({one for _, _, one, _ in pairs}) > 1
-
-
-def test_the_loss_in_fewer_calls_is_the_loss() -> None:
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randint(5, (6,))
-    found = loss_by_library_gradient(logits, labels, 1.5, 0.3)
-    expected = DRSoftmaxLoss(weight=0.3, ce_weight=1.5).eager(logits, labels)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(-2 * value, logits)[0] for value in (found, expected)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_models_trained_as_one_batch_are_those_trained_in_turn(

@@ -7,9 +7,17 @@ import torch
 import torch.nn.functional as F
 from test_losses import LargeTensors, random_case
 
+from drs.fused_loss import FEW_ELEMENTS
 from drs.losses import DRSoftmaxLoss
 
 SWITCHES = list(itertools.product(["non_label", "all_classes"], ["sum", "mean"]))
+
+
+@pytest.fixture(autouse=True, params=["few calls", "few passes"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take one form of the loss whatever the size."""
+    monkeypatch.setattr("drs.fused_loss.FEW_ELEMENTS", 0 if request.param == "few passes" else 2**62)
+    return str(request.param)
 
 
 def value_and_gradient(function, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]
@@ -115,3 +123,13 @@ def test_backward_builds_no_more_large_tensors_than_that_of_cross_entropy() -> N
             torch.autograd.grad(value, logits)
         built.append(len(backward.storages))
     assert built[1] <= built[0]
+
+
+def test_the_size_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drs.fused_loss.FEW_ELEMENTS", FEW_ELEMENTS)
+    for batch, name in (
+        (FEW_ELEMENTS // 8, "_LossInFewCallsBackward"),
+        (FEW_ELEMENTS // 8 + 1, "_LossInFewPassesBackward"),
+    ):
+        logits, labels = torch.randn(batch, 8, requires_grad=True), torch.randint(8, (batch,))
+        assert type(DRSoftmaxLoss()(logits, labels).grad_fn).__name__ == name
