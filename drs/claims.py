@@ -43,11 +43,16 @@ def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFram
         shown = as_correlation(pooled)
         details = (f"effect: the groups' coefficients, averaged with their numbers of models ({shown.n}) as weights",)
         return Finding(decision, shown.coefficient, shown.ci_low, shown.ci_high, shown.n, details)
-    known = [finding for finding in findings.values() if not math.isnan(finding.effect)]
+    found = [finding for finding in findings.values() if not math.isnan(finding.effect)]
+    # An effect without a bounded interval, such as a share of no gain, can be any number.
+    known = [finding for finding in found if math.isfinite(finding.ci_low + finding.ci_high)]
     if not known:
         return Finding(decision)
     effect = sum(finding.effect for finding in known) / len(known)
-    details = (f"effect: the mean over {len(known)} group{'s' * (len(known) > 1)}, without an interval",)
+    which = f"{len(known)} group{'s' * (len(known) > 1)}"
+    if len(known) < len(found):
+        which = f"the {which} of {len(found)} where it has a bounded interval"
+    details = (f"effect: the mean over {which}, itself without an interval",)
     return Finding(decision, effect, n=sum(finding.n for finding in known), details=details)
 
 

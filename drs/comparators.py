@@ -27,21 +27,22 @@ def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: p
     Returns:
         A row per group and setting: ``data, model, loss, loss_weight, n_seeds``; ``mean.<x>`` and ``sd.<x>`` over seeds
         for x in ``clean``, every attack at the decisive epsilons (their mean), ``worst_linf``, ``worst_l2``,
-        ``norm.<attack>`` (median minimal norm, pixel units) and ``train_seconds``; ``n_images`` of the worst case;
-        against cross-entropy at the same seed, in Linf: ``n_pairs``, ``gain_pgd`` and ``gain_worst`` with ``_low`` and
+        ``norm.<attack>`` (median minimal norm, pixel units) and ``train_seconds``; against cross-entropy at the same
+        seed, in Linf: ``n_images`` of the worst case, ``n_pairs``, ``gain_pgd`` and ``gain_worst`` with ``_low`` and
         ``_high`` (shares of samples, t intervals) and ``share`` with ``share_low`` and ``share_high`` (Fieller; NaN
         where unbounded); ``failed_checks``, how many of the models fail each check.
     """
     rows: list[dict[str, Any]] = []
     for data, model, group in group_models(usable_models(models)):
         worst = worst_case[(worst_case["data"] == data) & (worst_case["model"] == model)]
+        n_images = worst.loc[worst["norm"] == "linf", "n"].min()  # NaN where there are none
         cells = accuracy[accuracy["run_id"].isin(group["run_id"])]
         decisive = worst[["norm", "epsilon"]].drop_duplicates()
         cells = cells.merge(decisive, on=["norm", "epsilon"])
         values = cells.groupby(["run_id", "attack"])["robust_accuracy"].mean().unstack()
         for (loss, weight), own in group.groupby(["loss", "loss_weight"], sort=False):
             row: dict[str, Any] = {"data": data, "model": model, "loss": loss, "loss_weight": weight}
-            row |= {"n_seeds": len(own), "n_images": worst["n"].min() if len(worst) else np.nan}
+            row |= {"n_seeds": len(own), "n_images": n_images}
             columns = {"clean": own["clean_accuracy"], "train_seconds": own["train_seconds"]}
             seen = values.reindex(own["run_id"])
             columns |= {name: seen[name] for name in (*ACCURACIES, "worst_linf", "worst_l2") if name in seen}

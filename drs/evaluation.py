@@ -87,10 +87,8 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     total = sum(map(len, todo.values()))
     workers, per_run = count_workers(config, device, len(todo))
     share = f", {workers} runs at a time" if workers > 1 else ""
-    print(
-        f"{config.study}: {len(cells)} finished runs, {sum(map(len, cells.values()))} cells, {total} to compute{share}",
-        flush=True,
-    )
+    runs = f"{len(cells)} finished run{'s' * (len(cells) != 1)}"
+    print(f"{config.study}: {runs}, {sum(map(len, cells.values()))} cells, {total} to compute{share}", flush=True)
     computed = 0
     with closing(Progress(total, len(todo), config.progress)) as progress:
         whole_runs = {run: (cells[run], config.suite) for run in todo}

@@ -118,20 +118,24 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
             for name, marker, offset, face in kinds:
                 y = position + offset
                 axis.hlines(y, 100 * row[f"{name}_low"], 100 * row[f"{name}_high"], color=style["color"], linewidth=1)
-                axis.plot(100 * row[name], y, marker=marker, **style, **face)
+                hollow = {"markerfacecolor": "white"} if row["n_pairs"] < 2 else {}
+                axis.plot(100 * row[name], y, marker=marker, **{**style, **face, **hollow})
             names.append(f"{marked_label(group, setting)} (n = {int(row['n_pairs'])})")
         axis.axvline(0, color="0.35", linewidth=0.8)
         axis.set_yticks(range(len(shown)), names)
         axis.set_ylim(len(shown) - 0.4, -0.6)
-        gains = 100 * group[["gain_pgd", "gain_worst"]].to_numpy(float)
-        # An interval over two pairs can be a hundred points wide; the points decide what is shown.
-        low, high = min(0.0, float(np.nanmin(gains))), max(0.0, float(np.nanmax(gains)))
-        room = max(5.0, 0.15 * (high - low))
+        # An interval over two pairs can be a hundred points wide: it has no say in what is shown.
+        ends = [f"gain_{name}_{end}" for name in ("pgd", "worst") for end in ("low", "high")]
+        gains = group[["gain_pgd", "gain_worst"]].join(group.loc[group["n_pairs"] > 2, ends])
+        low, high = (float(100 * value) for value in (np.nanmin(gains), np.nanmax(gains)))
+        low, high = min(0.0, low), max(0.0, high)
+        room = max(2.0, 0.08 * (high - low))
         axis.set_xlim(low - room, high + room)
         axis.set_xlabel("gain over CE (percentage points)")
         axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
     figure.suptitle(
-        "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % t interval (cut at the edges)"
+        "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % t interval\n"
+        "hollow: one pair, without an interval; intervals of two pairs are cut at the edges"
     )
     handles = [
         Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", alpha=0.45),

@@ -140,8 +140,8 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
     if "gain_pgd" in gains and gains["gain_pgd"].notna().any():
         caption = (
             "Each loss against cross-entropy at the same seed, on the same images: gain under PGD (pale squares) and "
-            "under the worst case over all attacks (circles), with 95 % t intervals over pairs of seeds. Where "
-            "the circle falls short of the square, the rest of the gain was masking."
+            "under the worst case over all attacks (circles), with 95 % t intervals over pairs of seeds. What "
+            "lies between square and circle is lost to stronger attacks."
         )
         plan.append(_planned("masking_gap", "", "", caption, partial(figure_cost.masking_gap, gains)))
     if figure_summary.summary_rows(gains, tables["timing"]):

@@ -280,7 +280,7 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     rows = of_group(training, data, model)
     kinds = [
         ("train_loss", "training loss (each its own)", 1),
-        ("val_loss", "validation cross-entropy (nat)", 1),
+        ("val_loss", "validation CE (nat)", 1),
         ("train_accuracy", "training accuracy (%)", 100),
         ("val_accuracy", "validation accuracy (%)", 100),
     ]

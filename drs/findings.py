@@ -30,6 +30,7 @@ from drs.verdicts import (
     decide_masking,
     decide_robustness,
     decide_time,
+    pairs_of_seeds,
 )
 
 _STATISTIC = f"stat.{PRIMARY_STATISTIC}"
@@ -175,7 +176,7 @@ def _robustness_claim(group: Group) -> Finding:
     listed = ", ".join(gain(attack) for attack in (*WEAK_ATTACKS, *WORST_CASES, "cw@mean", "clean"))
     where = "; worst cases at the decisive epsilons, the other attacks at all of theirs" if group.strong_suite else ""
     details = (
-        f"change in points of accuracy over {n} pairs of seeds: {listed}{where}",
+        f"change in points of accuracy over {pairs_of_seeds(n)}: {listed}{where}",
         f"change in the median minimal norm: {norm}",
     )
     return Finding(decision, *(shown[1:] if shown else (_NAN, _NAN, _NAN)), n, details)

@@ -250,12 +250,12 @@ def provenance_section(provenance: dict[str, Any]) -> str:
         known = isinstance(seconds, int | float)
         facts[f"wall time, {stage}"] = f"{significant(seconds)} s" if known else seconds
     parts = [table(["what", "value"], _rows(facts), align="l")]
-    keys = ("source", "images sha256", "labels sha256")
+    keys = ("images", "labels")
     digests = [
         [escape(name), escape(split), *(escape(content.get(key, "")) for key in keys)]
         for name, splits in (provenance.get("data") or {}).items()
         for split, content in splits.items()
     ]
     if digests:
-        parts.append(table(["data", "split", *keys], digests, align="l"))
+        parts.append(table(["data", "split", *(f"SHA-256 of the {key}" for key in keys)], digests, align="l"))
     return "\n\n".join(parts)

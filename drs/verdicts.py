@@ -119,7 +119,13 @@ is why C1 and C4 also ask the settings.
 
 Over all groups the verdict is the least favourable that any group came to, from *{SUPPORTED}* over *{WEAK_ONLY}* to
 *{NOT_SUPPORTED}*; inconclusive groups have no say unless all are. The effect is the groups' coefficients averaged with
-their numbers of models as weights (C1, C4), or the plain mean of the groups' effects (C2, C3, C5)."""
+their numbers of models as weights (C1, C4), or the plain mean of the groups' effects, those without a bounded
+interval left out (C2, C3, C5)."""
+
+
+def pairs_of_seeds(count: int) -> str:
+    """Write ``1 pair of seeds`` or ``3 pairs of seeds``."""
+    return f"{count} pair{'s' * (count != 1)} of seeds"
 
 
 class Decision(NamedTuple):
@@ -233,7 +239,7 @@ def decide_robustness(differences: Mapping[str, Difference], *, strong_suite: bo
         return Decision(INCONCLUSIVE, f"no difference for {_names(missing)}")
     n = min(differences[attack].n for attack in WEAK_ATTACKS)
     if n < MIN_PAIRS:
-        return Decision(INCONCLUSIVE, f"{n} pairs of seeds; {MIN_PAIRS} are needed")
+        return Decision(INCONCLUSIVE, f"{pairs_of_seeds(n)}; {MIN_PAIRS} are needed")
     gains = {
         attack: attack in differences and differences[attack].n >= MIN_PAIRS and differences[attack].ci_low > 0
         for attack in (*WEAK_ATTACKS, *WORST_CASES)
@@ -288,7 +294,7 @@ def decide_masking(left: Survival | None, counting: Sequence[str], *, strong_sui
     if not strong_suite:
         return Decision(INCONCLUSIVE, "the strong attacks were not run")
     if left is None or left.pgd.n < MIN_PAIRS:
-        return Decision(INCONCLUSIVE, f"{left.pgd.n if left else 0} pairs of seeds; {MIN_PAIRS} are needed")
+        return Decision(INCONCLUSIVE, f"{pairs_of_seeds(left.pgd.n if left else 0)}; {MIN_PAIRS} are needed")
     if not left.pgd.ci_low > 0:
         return Decision(INCONCLUSIVE, "no gain under PGD is shown, so there is nothing to explain")
     if counting:

@@ -245,7 +245,7 @@ PROVENANCE = {
     "versions": {"python": "3.11.9", "torch": "2.13.0"},
     "hardware": {"cpu": "Some | CPU", "cores": 2, "memory_gib": 23.5, "gpu": None},
     "wall_seconds": {"train": 741.5, "attack": 432.1},
-    "data": {"mnist": {"test": {"images sha256": "6d87" * 16, "labels sha256": "ddef" * 16, "source": "cache"}}},
+    "data": {"mnist": {"test": {"images": "6d87" * 16, "labels": "ddef" * 16}}},
     "attacks": {"pgd": {"norm": "linf", "steps": 20, "step_size": "epsilon/4"}, "cw": {"norm": "l2", "steps": 100}},
     "epsilons": {"mnist": {"linf": ["0.1", "0.2", "0.3"]}},
     "n_attacked": {"mnist": 1000, "cifar10": 1000},

@@ -401,6 +401,12 @@ def test_overall_is_the_least_favourable_conclusive_group() -> None:
     assert math.isnan(row["ci_low"])
     assert row["n"] == 120
     assert "mnist/lenet supported; cifar10/lenet not supported" in row["evidence"]
+    assert "the mean over 2 groups, itself without an interval" in row["evidence"]
+    # A share of no gain, or a single pair's difference, is no figure to average.
+    unbounded = timing.assign(ci_high=timing["ci_high"].where(timing["data"] != "cifar10"))
+    row = _claim(decide_claims(models, correlations, unbounded, _landing(), strong_suite=True), "C3", "all")
+    assert (row["effect"], row["n"]) == (1.02, 60)
+    assert "the 1 group of 2 where it has a bounded interval" in row["evidence"]
 
 
 @pytest.mark.parametrize(
