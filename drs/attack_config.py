@@ -201,6 +201,11 @@ class SanityConfig:
 def attack_schema(name: str, section: object) -> type[AttackConfig]:
     """Return the dataclass of an attack section; ``UserError`` for an unknown kind."""
     kind = section.get("kind") if isinstance(section, dict) else None
+    if kind is None:
+        raise UserError(
+            f"suite.attacks.{name}: the suite has no attack of that name, of which an option is set here; take a suite "
+            "that has it, or leave out the experiment that sets it (study=NAME instead)"
+        )
     if kind not in ATTACK_SCHEMAS:
         raise UserError(f"suite.attacks.{name}.kind={kind}: unknown; it is one of {', '.join(ATTACK_SCHEMAS)}")
     return ATTACK_SCHEMAS[kind]

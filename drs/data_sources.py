@@ -167,6 +167,8 @@ def fetch(
             splits = load()
         except (SourceError, NoTorchvision, OSError) as error:
             tried.append(f"{source}: {error}")
+            if root is not None and source == f"the directory {root}":  # who names one wants it to serve
+                report(f"{spec.name}: not from {source}: {error}")
             continue
         for split, arrays in splits.items():
             verify(spec, split, arrays, source, "nothing was cached")

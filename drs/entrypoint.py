@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from drs.config import unknown_key
 from drs.errors import Interrupted, UserError
 from drs.interrupts import interrupt_on_termination
 from drs.sweeper import register_plugins
@@ -66,8 +68,25 @@ def fail(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+_OPEN = ("suite.n_samples", "suite.n_decisive", "suite.epsilons", "suite.decisive_epsilons")
+
+
 def _one_line(error: BaseException) -> str:
-    """Join what Hydra says of a bad override with the OmegaConf error behind it, without its advice on internals."""
+    """Join what Hydra says of a bad override with the OmegaConf error behind it, without its advice on internals.
+
+    Of a key that does not exist it says what Hydra does not: which do.
+    """
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        key = str(cause.full_key)
+        beside = key.rpartition(".")[0]
+        names = [str(name) for name in cause.parent_node if name != "hydra"]
+        known = [f"{beside}.{name}" if beside else name for name in names]
+        if known:
+            # What holds a number for each data set or attack takes new ones, with Hydra's sign for that.
+            return unknown_key(key, known) + (f"; to add it, write +{key}=VALUE" if beside in _OPEN else "")
+    if found := re.match(r"Could not override '([^']+)'\. No match in the defaults list", str(error)):
+        return f"unknown key '{found[1]}'; the script has no such group of configs, see its --help"
     lines = str(error).splitlines()
     if error.__cause__ is not None:
         lines += str(error.__cause__).splitlines()

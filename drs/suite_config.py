@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from drs.attack_config import NORMS, check_attack
+from drs.data_cache import DATASETS
 from drs.errors import UserError
 
 
@@ -117,6 +118,8 @@ def check_suite(suite: SuiteConfig) -> None:
     for data, count in suite.n_samples.items():
         if count < 1:
             raise UserError(f"suite.n_samples.{data}={count}: must be at least 1")
+        if data in DATASETS and count > DATASETS[data].n_test:
+            raise UserError(f"suite.n_samples.{data}={count}: the test set has {DATASETS[data].n_test} samples")
     if suite.batch_size < 1:
         raise UserError(f"suite.batch_size={suite.batch_size}: must be at least 1")
     if suite.n_clean is not None and suite.n_clean < 1:

@@ -157,11 +157,13 @@ def _clear(folder: RunFolder) -> None:
 
 
 def _prepare(config: TrainConfig) -> _Prepared:
-    """Return device, training and validation images; ``UserError`` where they do not fit the config."""
+    """Return device, training and validation images; ``UserError`` where they or the model do not fit the config."""
     device = choose_device(config.device)
     training, validation = load_split(config.data, device)
     if len(training) < config.batch_size:
         raise UserError(f"batch_size={config.batch_size}: must be at most the {len(training)} training samples")
+    with torch.device("meta"):
+        build_model_of(config)  # an architecture that cannot take the images says so before anything is written
     return device, training, validation
 
 

@@ -189,7 +189,13 @@ def test_experiments_compose_for_both_entrypoints(experiment: str) -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
-        ("train.py", ["los.weight=1"], ["los.weight", "Key 'los' is not in struct"]),
+        ("train.py", ["los.weight=1"], ["unknown key 'los'", "did you mean 'loss'", "known here: batch_size, compile"]),
+        ("train.py", ["-m", "loss.wieght=1", "seed=0,1"], ["unknown key 'loss.wieght'; did you mean 'loss.weight'"]),
+        ("train.py", ["data=digits", "model=lenet"], ["model=lenet", "data.size=8"]),
+        ("evaluate.py", ["suite.n_samples.mnist=9"], ["'suite.n_samples.mnist'", "write +suite.n_samples.mnist=VALUE"]),
+        ("evaluate.py", ["data=digits"], ["unknown key 'data'", "--help"]),
+        ("evaluate.py", ["experiment=laptop", "suite=paper"], ["suite.attacks.margin_pgd: the suite has no attack"]),
+        ("evaluate.py", ["+suite.n_samples.mnist=10001"], ["suite.n_samples.mnist=10001", "has 10000 samples"]),
         ("train.py", ["loss=dr"], ["loss/dr", "dr_softmax"]),
         ("train.py", ["loss.weight=-1"], ["loss.weight=-1", "at least 0"]),
         ("train.py", ["-m", "seed=0,abc"], ["seed=abc"]),
