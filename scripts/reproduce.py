@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drs.comparison import REFERENCE, comparison_text, machine_name
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_label, loss_weight
 from drs.entrypoint import fail
-from drs.errors import DamagedFileError, UserError
+from drs.errors import DamagedFileError, Interrupted, UserError
+from drs.interrupts import interrupt_on_termination
 from drs.jobs import settled
 from drs.markdown import fixed, interval
 from drs.report import read_provenance
@@ -200,15 +201,18 @@ def run_step(script: str, *arguments: str) -> None:
     """Run another script of this folder with its output passed through; end the program if it fails.
 
     Raises:
-        KeyboardInterrupt: If the program is interrupted, once the script has ended.
+        KeyboardInterrupt: If the program is interrupted or terminated, once the script has ended.
     """
     show(f"-- {script} {' '.join(arguments)}")
     process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], cwd=PROJECT_ROOT)
     try:
         status = process.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # A terminal interrupts the script as well, and subprocess.run would kill it before it has ended its workers.
-        for stronger in (signal.SIGINT, signal.SIGKILL):
+        # SIGTERM comes to this program alone; and what was started in the background ignores SIGINT.
+        if isinstance(interrupt, Interrupted):
+            process.terminate()
+        for stronger in (signal.SIGTERM, signal.SIGKILL):
             try:
                 process.wait(GRACE_SECONDS)
             except subprocess.TimeoutExpired:
@@ -288,10 +292,11 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
+    interrupt_on_termination()
     try:
         sys.exit(main())
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))

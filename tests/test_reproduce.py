@@ -130,6 +130,7 @@ def test_a_failing_step_ends_the_program_with_its_status(capfd: pytest.CaptureFi
 SLOW_STEP = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     print("started", flush=True)
     time.sleep(60)
@@ -145,6 +146,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 import reproduce
 reproduce.SCRIPTS = Path(sys.argv[2])
+reproduce.interrupt_on_termination()
 try:
     reproduce.run_step("slow.py")
 except KeyboardInterrupt:
@@ -152,9 +154,15 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("whole_group", [True, False])
-def test_an_interrupted_step_ends_its_own_processes_first(tmp_path: Path, whole_group: bool) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_STEP)
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)]
+)
+def test_an_interrupted_step_ends_its_own_processes_first(
+    tmp_path: Path, number: signal.Signals, whole_group: bool
+) -> None:
+    # Only what a terminal interrupts hears of SIGINT by itself; in the background it is ignored.
+    ignored = SLOW_STEP.replace("signal.signal(signal.SIGINT, signal.default_int_handler)", "", 1)
+    (tmp_path / "slow.py").write_text(SLOW_STEP if whole_group else ignored)
     caller = CALLER if whole_group else CALLER.replace("try:", "reproduce.GRACE_SECONDS = 1.0\ntry:")
     process = subprocess.Popen(
         [sys.executable, "-c", caller, str(ROOT / "scripts"), str(tmp_path)],
@@ -164,7 +172,7 @@ def test_an_interrupted_step_ends_its_own_processes_first(tmp_path: Path, whole_
     while process.stdout.readline() != "started\n":
         assert process.poll() is None
     # A terminal interrupts every process in it; a program that ends this one alone does not.
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
     assert process.wait(20) == 130
     assert process.stdout.read() == "ended by itself\n"
 
