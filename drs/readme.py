@@ -9,9 +9,9 @@ import pandas as pd
 
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
-from drs.figure_style import included, of_setting, setting_label, settings
+from drs.figure_style import included, of_group, of_setting, setting_label, settings, span
 from drs.files import atomic_write
-from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table
+from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table, whole
 from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
@@ -83,8 +83,8 @@ def studies_block(study_dir: Path) -> str:
 
 def accuracy_block(study_dir: Path) -> str:
     """Return mean accuracies over seeds of cross-entropy and of DR-softmax at the primary weight, per group."""
-    models = read_tables(study_dir)["models"]
-    usable = models[models["excluded"].isna() | (models["excluded"] == "")]
+    tables = read_tables(study_dir)
+    usable = included(tables["models"])
     wanted = {
         "clean": "clean_accuracy",
         "FGSM": "acc.fgsm@mean",
@@ -95,15 +95,19 @@ def accuracy_block(study_dir: Path) -> str:
     }
     rows = []
     for (data, model), group in usable.groupby(["data", "model"], sort=False):
+        cells_of = of_group(tables["accuracy"], str(data), str(model))
+        counts = [group["n_clean"].min() if "n_clean" in group else float("nan")]
+        counts += [cells_of.loc[cells_of["attack"] == name, "n"].min() for name in ("pgd", "cw_torchattacks", "cw")]
+        images = " / ".join(whole(number) for number in counts)
         primary = (group["loss"] == PRIMARY_LOSS) & (group["loss_weight"] == PRIMARY_WEIGHT)
         for name, part in (("CE", group[group["loss"] == "ce"]), (f"DR {PRIMARY_WEIGHT:g}", group[primary])):
             cells = [group_name(data, model), name, str(len(part))]
-            rows.append(cells + [_mean(part, column) for column in wanted.values()])
-    return table(["", "loss", "models", *wanted], rows, align="llr")
+            rows.append([*cells, images] + [_mean(part, column) for column in wanted.values()])
+    return table(["", "loss", "models", "images", *wanted], rows, align="llrl" + "r" * len(wanted))
 
 
 def survival_block(study_dir: Path) -> str:
-    """Return, per group, the losses under PGD and under the worst case on the same images, and their training times.
+    """Return, per group, the losses under PGD and under the worst case on the same images, and the time of a step.
 
     Of DR-softmax two weights: the published one and the best one (``best_weight``). The report has all of them.
     """
@@ -124,17 +128,25 @@ def survival_block(study_dir: Path) -> str:
             own = of_setting(mine, setting)
             means = [float(own[name].mean()) for name in ("clean", "pgd", "worst")]
             gains = [
-                NONE if pd.isna(row.get(name)) else percent(float(row[name]), sign=True)
+                NONE if pd.isna(row.get(name)) else percent(float(row[name]), sign=True) + _bounds(row, name)
                 for name in ("gain_pgd", "gain_worst")
             ]
             rows.append(
-                [f"{group_name(data, model)}, ε {bounds}", setting_label(*setting), str(int(row["n_seeds"]))]
+                [f"{group_name(data, model)}, ε {bounds}, {span(mine['n'].astype(int))} images"]
+                + [setting_label(*setting), str(int(row["n_seeds"]))]
                 + [f"{percent(value)} %" for value in means]
-                + gains
-                + [fixed(float(row["mean.train_seconds"]), 0)]
+                + [*gains, _step(of_group(tables["timing"], str(data), str(model)), setting[0])]
             )
-    headers = ["", "loss", "models", "clean", "PGD", "worst case", "gain, PGD", "gain, worst case", "training (s)"]
+    headers = ["", "loss", "models", "clean", "PGD", "worst case", "gain, PGD", "gain, worst case", "step"]
     return table(headers, rows, align="llr")
+
+
+def _step(timing: pd.DataFrame, loss: str) -> str:
+    """Write the time of a training step with a loss, at any weight, over cross-entropy's."""
+    if loss == BASELINE:
+        return "× 1"
+    rows = timing[(timing["loss"] == loss) & (timing["baseline"] == BASELINE)]
+    return f"× {fixed(float(rows['ratio'].max()), 2)}" if rows["ratio"].notna().any() else NONE
 
 
 def questions_block(study_dir: Path) -> str:

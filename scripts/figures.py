@@ -2,8 +2,9 @@
 
     python scripts/figures.py [STUDY]
 
-STUDY is a folder that holds tables/, or the name of a study under results/ or results/reference/. Without it: every
-study of results/reference, or the study under results/ whose tables are newest if that holds none.
+STUDY is a folder that holds tables/, or the name of a study under results/ (DRS_RESULTS names another folder) or
+results/reference/. Without it: every study of results/reference, or the study under results/ whose tables are newest if
+that holds none.
 """
 
 import os
@@ -19,29 +20,30 @@ from drs.report import read_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "figures.ipynb"
-REFERENCE = "reference"
+REFERENCE = ROOT / "results" / "reference"
 TABLE = Path("tables", "models.csv")
 REPORTS = ("REPORT.md", "report.html")
 
 
-def find_studies(name: str | None, results: Path) -> list[Path]:
+def find_studies(name: str | None, results: Path, reference: Path) -> list[Path]:
     """Return the folders of the studies to redraw.
 
     Args:
         name: A folder or a study's name; None for every reference study, or the newest study where there is none.
         results: The folder that holds the studies.
+        reference: The folder of the reference studies.
 
     Raises:
         UserError: If there is no such study, or it has no tables.
     """
     if name is not None:
-        candidates = [Path(name), results / name, results / REFERENCE / name]
+        candidates = [Path(name), results / name, reference / name]
         for candidate in candidates:
             if (candidate / TABLE).is_file():
                 return [candidate.resolve()]
         tried = " or ".join(str(candidate / TABLE) for candidate in candidates)
         raise UserError(f"study {name!r} has no tables ({tried}); evaluate it first: scripts/evaluate.py study=NAME")
-    references = sorted((results / REFERENCE).glob(f"*/{TABLE}"))
+    references = sorted(reference.glob(f"*/{TABLE}"))
     newest = sorted(results.glob(f"*/{TABLE}"), key=lambda path: path.stat().st_mtime)[-1:]
     if not references + newest:
         raise UserError(f"no study under {results} has tables; make one first: make smoke")
@@ -64,7 +66,8 @@ def main() -> int:
         print(__doc__)
         return 0 if len(sys.argv) == 2 else 2
     try:
-        for study_dir in find_studies(sys.argv[1] if len(sys.argv) == 2 else None, ROOT / "results"):
+        results = ROOT / (os.environ.get("DRS_RESULTS") or "results")
+        for study_dir in find_studies(sys.argv[1] if len(sys.argv) == 2 else None, results, REFERENCE):
             read_tables(
                 study_dir
             )  # a study that cannot be drawn is told here in one line, not by the notebook in fifty

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from drs.errors import UserError
 from drs.readme import BLOCKS
 from drs.report import read_tables, report_sections
 
@@ -75,6 +77,20 @@ def test_script_names_a_study_without_tables() -> None:
     result = _script("no-such-study")
     assert result.returncode == 2
     assert result.stderr.startswith("error: study 'no-such-study' has no tables") and result.stderr.count("\n") == 1
+
+
+def test_studies_are_found_by_folder_and_by_name(tmp_path: Path) -> None:
+    find = runpy.run_path(str(ROOT / "scripts" / "figures.py"))["find_studies"]
+    results, reference = tmp_path / "results", tmp_path / "reference"
+    with pytest.raises(UserError, match="make smoke"):
+        find(None, results, reference)
+    for folder in (results / "mine", results / "both", reference / "both", reference / "kept"):
+        (folder / "tables").mkdir(parents=True)
+        (folder / "tables" / "models.csv").touch()
+    assert find("mine", results, reference) == find(str(results / "mine"), tmp_path, tmp_path) == [results / "mine"]
+    assert find("both", results, reference) == [results / "both"] and find("kept", results, reference)
+    assert find(None, results, reference) == [reference / "both", reference / "kept"]
+    assert len(find(None, results, tmp_path / "none")) == 1
 
 
 def test_drawing_and_reporting_need_no_torch() -> None:

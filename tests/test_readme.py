@@ -59,6 +59,36 @@ def test_open_questions_are_answered_from_the_tables(tmp_path: Path, monkeypatch
     assert "1024 × 1000 logits, CPU: not measured" in text
 
 
+def test_gains_have_intervals_and_steps_their_time(tmp_path: Path) -> None:
+    tables = study_tables()
+    row = {"data": "mnist", "model": "lenet", "loss_weight": 0.0, "n_seeds": 3, "gain_pgd": np.nan}
+    gains = {"gain_pgd": 0.04, "gain_worst": -0.01, "gain_pgd_low": 0.01, "gain_pgd_high": 0.07}
+    ours = {
+        **row,
+        **gains,
+        "loss": "dr_softmax",
+        "loss_weight": 0.005,
+        "gain_worst_low": -0.03,
+        "gain_worst_high": 0.01,
+    }
+    single = {**row, "loss": "gce", "loss_weight": 0.333, "gain_pgd": 0.02, "gain_worst": 0.01}
+    step = {"data": "mnist", "model": "lenet", "loss": "dr_softmax", "baseline": "ce", "ratio": 1.234}
+    tables["comparators"] = pd.DataFrame([{**row, "loss": "ce"}, ours, single])
+    tables["timing"] = pd.DataFrame([step]).reindex(columns=tables["timing"].columns)
+    write_study(tmp_path / "one", tables)
+    ce, dr, gce = readme.survival_block(tmp_path / "one").splitlines()[2:]
+    assert ce.endswith("| – | – | × 1 |") and re.search(r"^\| mnist/lenet, ε .+, \d+ images \| CE \| 3 \|", ce)
+    assert dr.endswith("| +4.0 [+1.0, +7.0] | −1.0 [−3.0, +1.0] | × 1.23 |")
+    assert gce.endswith("| +2.0 | +1.0 | – |")
+    first = readme.accuracy_block(tmp_path / "one").splitlines()[2]
+    accuracy, models = tables["accuracy"], tables["models"]
+    counts = [
+        accuracy.query("data == 'mnist' and attack == @name")["n"].min() for name in ("pgd", "cw_torchattacks", "cw")
+    ]
+    clean = models.query("data == 'mnist'")["n_clean"].min()
+    assert f"| {' / '.join(str(int(number)) if number == number else '–' for number in (clean, *counts))} |" in first
+
+
 def test_files_that_the_readme_links_to_exist() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (PROJECT_ROOT / target).exists(), target
