@@ -40,14 +40,17 @@ def accuracy_columns(models: pd.DataFrame) -> dict[str, str]:
     return names | {column.removeprefix("acc."): column for column in attacks}
 
 
+CLEARLY_BETTER = 0.02
+"""How much better, a share of the images, a weight must stand than the published one to be shown beside it."""
 MOST_CLEAN_LOSS = 0.1
 """How much clean accuracy (a share) a weight may lose against cross-entropy and still be called the best."""
 
 
 def best_weight(ours: pd.DataFrame, baseline_clean: float, near: float) -> float:
-    """Return the weight that stands best in the worst case on average, between equals the one nearest to ``near``.
+    """Return the weight that stands best in the worst case on average; ``near`` unless one stands clearly better.
 
-    A weight that costs more than ``MOST_CLEAN_LOSS`` of clean accuracy is not chosen, unless all do.
+    Clearly is by ``CLEARLY_BETTER``; among those, between equals, it is the one nearest to ``near``. A weight that costs
+    more than ``MOST_CLEAN_LOSS`` of clean accuracy is not chosen, unless all do.
 
     Args:
         ours: Rows of worst_case.csv of one loss, with ``loss_weight``, ``clean`` and ``worst``; not empty.
@@ -57,4 +60,5 @@ def best_weight(ours: pd.DataFrame, baseline_clean: float, near: float) -> float
     means = ours.groupby("loss_weight")[["clean", "worst"]].mean().round(9)
     useful = means[~(means["clean"] < round(baseline_clean - MOST_CLEAN_LOSS, 9))]
     worst = (useful if len(useful) else means)["worst"]
-    return float(min(worst.index, key=lambda weight: (-worst[weight], abs(weight - near))))
+    best = float(min(worst.index, key=lambda weight: (-worst[weight], abs(weight - near))))
+    return near if near in worst.index and worst[best] - worst[near] < CLEARLY_BETTER else best

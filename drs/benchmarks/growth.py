@@ -1,5 +1,6 @@
 """How time and memory grow: of an evaluation with images, of the loss with classes, of the tables with models."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -41,13 +42,14 @@ def _curve(
 def evaluation_rows(folder: Path, environment: dict[str, str], images: Sequence[int] = IMAGES) -> Iterator[Row]:
     """Yield seconds and peak memory of evaluating one MNIST LeNet under the paper suite, as a whole process."""
     train, evaluate = (str(PROJECT_ROOT / "scripts" / name) for name in ("train.py", "evaluate.py"))
-    common = [f"results_dir={folder}", "study=growth", "progress=false"]
+    common = [f"results_dir={folder}", "progress=false"]
     # What is trained plays no part in what its evaluation costs, but that an attack on it has work to do.
-    measured_process([train, "data=mnist", "model=lenet", "loss=ce", "epochs=1", *common], environment)
+    measured_process([train, "data=mnist", "model=lenet", "loss=ce", "epochs=1", "study=new", *common], environment)
     found = []
     for count in images:
+        shutil.copytree(folder / "new", folder / f"of-{count}")  # an evaluation goes on where another stopped
         suite = ["suite=paper", f"suite.n_samples.default={count}", "suite.n_clean=1000"]
-        command = [evaluate, *suite, "workers=1", "timing=false", *common]
+        command = [evaluate, *suite, f"study=of-{count}", "workers=1", "timing=false", *common]
         found.append(measured_process(command, environment))
     peaks, seconds = ([pair[i] for pair in found] for i in (0, 1))
     case = "evaluation, paper suite, MNIST lenet"
