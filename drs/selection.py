@@ -49,8 +49,8 @@ MOST_CLEAN_LOSS = 0.1
 def best_weight(ours: pd.DataFrame, baseline_clean: float, near: float) -> float:
     """Return the weight that stands best in the worst case on average; ``near`` unless one stands clearly better.
 
-    Clearly is by ``CLEARLY_BETTER``; among those, between equals, it is the one nearest to ``near``. A weight that costs
-    more than ``MOST_CLEAN_LOSS`` of clean accuracy is not chosen, unless all do.
+    Clearly is by ``CLEARLY_BETTER``; between equals it is the one nearest to ``near``. A weight that costs more than
+    ``MOST_CLEAN_LOSS`` of clean accuracy is not chosen, unless all do.
 
     Args:
         ours: Rows of worst_case.csv of one loss, with ``loss_weight``, ``clean`` and ``worst``; not empty.
