@@ -5,6 +5,8 @@ Every function takes whole tables (the columns of ``results/<study>/tables/*.csv
 single models are shown; every panel says how many models, seeds or samples stand behind it.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,8 @@ from drs.figure_style import (
 
 MOST_BANDS = 16
 """Losses and weights of a panel that get a band of spread; those of more would lie over each other."""
+CHARACTER = 0.033
+"""Width of a character of a tick's name, and a little air, over the width of a panel."""
 
 __all__ = [
     "correlation_heatmap",
@@ -171,6 +175,18 @@ def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbo
         )  # fmt: skip
 
 
+def legible(ticks: Sequence[float], names: Sequence[str]) -> list[str]:
+    """Return the names of rising ticks, empty where one would run into its neighbour on the left."""
+    shown: list[str] = []
+    end = -math.inf
+    for tick, name in zip(ticks, names, strict=True):
+        width = CHARACTER * (ticks[-1] - ticks[0]) * len(name)
+        fits = tick - width / 2 > end
+        shown.append(name if fits else "")
+        end = tick + width / 2 if fits else end
+    return shown
+
+
 def _spread(banded: bool) -> str:
     return "band ± 1 standard deviation over seeds" if banded else "too many losses for bands of spread"
 
@@ -207,7 +223,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         names = [f"{tick:.4g}" for tick in ticks]
         if np.isinf(epsilons).any():
             ticks, names = np.append(ticks, unbounded_at), [*names, "∞"]
-        axis.set_xticks(ticks, names)
+        axis.set_xticks(ticks, legible(ticks.tolist(), names))
         if chance is not None:
             axis.axhline(100 * chance, color=CHANCE_COLOUR, linestyle=":", linewidth=1)
         axis.set_ylim(-3, 103)

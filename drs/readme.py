@@ -16,7 +16,7 @@ from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
 from drs.selection import best_weight
-from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
+from drs.verdicts import INCONCLUSIVE, PRIMARY_LOSS, PRIMARY_WEIGHT
 
 README_STUDY = "desktop"
 """The study of results/reference that README.md is filled from."""
@@ -44,7 +44,10 @@ def claims_block(study_dir: Path) -> str:
         here = [f"**{overall['verdict']}**"]
         for _, row in claims[(claims["claim"] == name) & (claims["data"] != OVERALL)].iterrows():
             where = group_name(str(row["data"]), str(row["model"]))
-            here.append(f"{where}: {row['verdict']}; {effect_text(row)}, n = {int(row['n'])}")
+            told = f"{where}: {row['verdict']}; {effect_text(row)}, n = {int(row['n'])}"
+            # The number that is too small can be that of the settings or of the images: the evidence begins with what.
+            why = re.split("[.;] ", str(row["evidence"]))[0] if row["verdict"] == INCONCLUSIVE else ""
+            here.append("; ".join(filter(None, [told, escape(why[:1].lower() + why[1:])])))
         links = ", ".join(_section_link(study_dir, title) for title in EVIDENCE[name])
         rows.append([f"{name}. {escape(overall['statement'])}", PAPER[name], "<br>".join(here), links])
     return table(["claim", "paper", "here", "evidence"], rows, align="l")

@@ -133,7 +133,7 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEva
     path = study / "tables" / "timing.csv"
     known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=TIMING_COLUMNS)
     if config.timing:
-        print("timing training steps of dr_softmax against cross-entropy", flush=True)
+        print("timing training steps of each loss and procedure against cross-entropy's", flush=True)
     tables["timing"] = update_timing(trained, known, device, measure=config.timing)
     print("correlations over models, and the claims", flush=True)
     models = tables["models"]

@@ -195,4 +195,4 @@ def titles(states: Sequence[RunState], grid: Mapping[str, TrainConfig]) -> dict[
 
 def share(done: int, total: int) -> str:
     """Write how much of something is done, in whole per cent; never 100 before it is all."""
-    return f"{math.floor(100 * done / total) if total else 100} %"
+    return f"{math.floor(100 * done / total)} %"

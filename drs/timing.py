@@ -13,8 +13,9 @@ from drs.config import TrainConfig, loss_label, loss_weight, procedure_name
 from drs.data import load_split
 from drs.losses import build_loss
 from drs.optimisation import build_optimizer
+from drs.paired import BASELINE
 from drs.procedures import Procedure, build_procedure
-from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
+from drs.verdicts import PRIMARY_WEIGHT
 
 COLUMNS = [
     "data", "model", "loss", "loss_weight", "baseline", "batch_size", "n_pairs", "baseline_ms", "loss_ms", "ratio",
@@ -44,7 +45,7 @@ def time_steps(
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the weights stay put, so that both losses see the same work throughout
     options = {key: value for key, value in asdict(config.loss).items() if key != "name"}
-    losses = [build_loss("ce"), build_loss(config.loss.name, **options)]
+    losses = [build_loss(BASELINE), build_loss(config.loss.name, **options)]
     for loss in losses:
         loss.validate = False  # as in training
     procedures = [Procedure(), build_procedure(config.procedure, 0, device)]
@@ -75,7 +76,7 @@ def time_steps(
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     baseline_ms, loss_ms = 1e3 * np.median(seconds, axis=0)
     values = [
-        config.data.name, config.model.name, loss_label(config), loss_weight(config.loss), "ce", config.batch_size,
+        config.data.name, config.model.name, loss_label(config), loss_weight(config.loss), BASELINE, config.batch_size,
         n_pairs, baseline_ms, loss_ms, float(np.median(ratios)), low, high, device.type,
     ]  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
@@ -86,9 +87,9 @@ def update_timing(
 ) -> pd.DataFrame:
     """Return ``known`` with a row for each group and batch size that it lacks.
 
-    A group is a data set and an architecture. Timed are dr_softmax at one weight, the primary one or the nearest to it
-    (the weight is a factor and does not change the work), and every procedure. With ``measure`` off only known rows
-    return.
+    A group is a data set and an architecture. Timed are every loss but cross-entropy and every procedure, each at one
+    weight, dr_softmax's primary one or the nearest to it: the weight is a factor and does not change the work. With
+    ``measure`` off only known rows return.
     """
     rows = known.to_dict("records")
     seen = {tuple(row[key] for key in _KEY) for row in rows}
@@ -111,5 +112,5 @@ def _one_weight(configs: list[TrainConfig]) -> list[TrainConfig]:
         weight = loss_weight(config.loss)
         return abs(math.log(weight / PRIMARY_WEIGHT)) if weight > 0 else math.inf
 
-    timed = [c for c in configs if loss_label(c) == PRIMARY_LOSS or procedure_name(c) != "standard"]
+    timed = [config for config in configs if loss_label(config) != BASELINE]
     return sorted(timed, key=distance)

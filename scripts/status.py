@@ -83,18 +83,21 @@ def status_text(
         if len(some) > LISTED:
             lines.append(f"  {name:<11}  and {len(some) - LISTED} more")
     if cells is not None:
-        at_work = f", {cells.working} runs being evaluated" if cells.working else ""
-        missing = cells.total - cells.done
-        lines.append(
-            f"evaluation of the finished runs, {cells.suite} suite: {cells.done} of {cells.total} cells done "
-            f"({share(cells.done, cells.total)}), {missing} missing{at_work}"
-        )
+        lines.append(f"evaluation of the finished runs, {cells.suite} suite: {_evaluated(cells)}")
         lines += [f"  failed       {run.run_id}  {error}" for run, error in cells.failures[:LISTED]]
         if len(cells.failures) > LISTED:
             lines.append(f"  failed       and {len(cells.failures) - LISTED} more")
     lines.append(_time_left(states, grid, counts))
     wrapper = textwrap.TextWrapper(max(width, 60), subsequent_indent=" " * INDENT, break_on_hyphens=False)
     return "\n".join(part for line in lines for part in wrapper.wrap(line))
+
+
+def _evaluated(cells: CellCount) -> str:
+    if not cells.total:
+        return "nothing to evaluate yet"
+    missing = cells.total - cells.done
+    at_work = f", {cells.working} run{'s' * (cells.working != 1)} being evaluated" if cells.working else ""
+    return f"{cells.done} of {cells.total} cells done ({share(cells.done, cells.total)}), {missing} missing{at_work}"
 
 
 def _time_left(states: list[RunState], grid: list[TrainConfig], counts: Counter[str]) -> str:

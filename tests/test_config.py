@@ -186,6 +186,19 @@ def test_experiments_compose_for_both_entrypoints(experiment: str) -> None:
     assert first.data.name in evaluation.suite.epsilons
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_begins_with_examples_that_compose(tmp_path: Path, script: str) -> None:
+    told = forked.run(script, "--help", out=tmp_path / "out").stdout.partition("== Configuration groups")[0]
+    examples = [line.split()[2:] for line in told.splitlines() if f" scripts/{script} " in line]
+    assert len(examples) > 1
+    register_plugins()
+    for words in examples:
+        overrides = [word.partition(",")[0] for word in words if word != "-m"]
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            composed = compose(script.removesuffix(".py"), overrides, return_hydra_config=True)
+        assert composed.study in ("NAME", "laptop")
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [

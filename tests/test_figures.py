@@ -33,6 +33,7 @@ from drs.figures import (
     MOST_BANDS,
     correlation_heatmap,
     epsilon_curves,
+    legible,
     statistic_vs_accuracy,
     training_curves,
     where_attacks_land,
@@ -184,6 +185,12 @@ def test_bars_are_wilson_intervals_of_the_attacked_images(drawn: dict[str, Figur
     share = TABLES["models"].query("data == 'cifar10'")["acc.fgsm@mean"].iloc[0]
     low, high = 100 * wilson_interval([share], [1000])[:, 0]
     assert any(np.allclose(bar, (low, high)) for bar in bars)
+
+
+def test_names_of_ticks_do_not_run_into_each_other() -> None:
+    ticks, names = [0, 0.25, 0.5, 1, 2, 2.44], ["0", "0.25", "0.5", "1", "2", "∞"]
+    assert legible(ticks, names) == ["0", "0.25", "", "1", "2", "∞"]
+    assert legible(ticks[:-1], names[:-1]) == ["0", "0.25", "0.5", "1", "2"]
 
 
 def test_curves_are_means_over_seeds_without_excluded_models(drawn: dict[str, Figure]) -> None:

@@ -28,6 +28,19 @@ def test_a_number_typed_by_hand_would_be_noticed() -> None:
         fill(README.replace("<!-- claims -->", ""), REFERENCE)
 
 
+def test_an_inconclusive_group_says_what_it_lacks(tmp_path: Path) -> None:
+    claims = study_tables()["claims"]
+    lines = {}
+    for verdict in ("inconclusive (n too small)", "not supported"):
+        reasons = {"verdict": verdict, "evidence": "2 pairs of seeds; 3 are needed. Change in points: none."}
+        study = tmp_path / verdict[:3]
+        write_study(study, {"models": study_tables()["models"], "claims": claims.assign(**reasons)})
+        lines[verdict] = re.findall(r"mnist/lenet: (.*?)(?:<br>| \|)", readme.claims_block(study))
+    assert lines["not supported"]
+    for unclear, clear in zip(*lines.values(), strict=True):
+        assert unclear == clear.replace("not supported", "inconclusive (n too small)") + "; 2 pairs of seeds"
+
+
 def test_a_study_of_ones_own_is_listed_alone_and_the_reference_whole(tmp_path: Path) -> None:
     names = {}
     for parent in ("reference", "results"):

@@ -74,6 +74,8 @@ def test_lines_fit_the_terminal_and_long_lists_are_cut(tmp_path: Path) -> None:
         assert sum(line.startswith("  failed ") for line in lines) == 21
         assert "  failed       and 10 more" in lines
     assert lines[-1] == "trainings left: the time is unknown until one has finished"
+    nothing = count_cells(states, compose_evaluate("study=s", f"results_dir={tmp_path}").suite)
+    assert "paper suite: nothing to evaluate yet" in status_text(tmp_path / "s", states, grid, nothing, width=120)
 
 
 def test_cells_of_an_evaluation_are_counted(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_cells_of_an_evaluation_are_counted(tmp_path: Path) -> None:
     assert (cells.done, cells.total) == (3 * len(planned) - 1, 3 * len(planned))
     assert (cells.working, cells.failures) == (1, [(runs[1], "pgd@0.1: model: gave nan")])
     last = status_text(tmp_path / "s", states, [], cells, width=120).splitlines()[1]
-    assert last.endswith(f"{cells.done} of {cells.total} cells done (96 %), 1 missing, 1 runs being evaluated")
+    assert last.endswith(f"{cells.done} of {cells.total} cells done (96 %), 1 missing, 1 run being evaluated")
 
 
 def test_script_imports_no_torch_and_an_unknown_study_is_one_line(tmp_path: Path) -> None:
