@@ -29,9 +29,10 @@ def _again(eager: EagerLoss, logits: Tensor, gradient: Tensor) -> Tensor:
 
 
 class _LossInFewCalls(Function):
-    """For few elements, where it is calls that take the time: all but p is worked out on the way forward.
+    """For few elements, where it is calls that take the time: the gradient is worked out on the way forward.
 
-    Two tensors of the logits' size are kept, s and the gradient without p; cross-entropy keeps s.
+    One tensor of the logits' size is kept, the gradient; cross-entropy keeps one too, s. The exponential follows the
+    log-softmax at once, because several threads take part in both and fall asleep in between.
     """
 
     @staticmethod
@@ -39,30 +40,29 @@ class _LossInFewCalls(Function):
         """Return the scalar loss; arguments as in ``fused_loss``."""
         index = labels.unsqueeze(1)
         values = torch.log_softmax(logits, dim=1)
-        others = values.scatter(1, index, 0.0)
+        probabilities = values.exp() if ctx.needs_input_grad[0] else None
+        cross_entropy = F.nll_loss(values, labels)
+        others = values.scatter_(1, index, 0.0)  # in place: from here on, the names are of one tensor
         deviations = others.sub_(others.sum(dim=1, keepdim=True), alpha=1 / (logits.shape[1] - 1))
         flat = deviations.scatter_(1, index, 0.0).view(-1)
-        cross_entropy = F.nll_loss(values, labels)
         if ce_weight != 1:
             cross_entropy.mul_(ce_weight)
         value = torch.add(cross_entropy, torch.dot(flat, flat), alpha=weight)
-        rest = deviations.mul_(2 * weight).scatter_(1, index, -ce_weight / len(logits))
-        ctx.save_for_backward(logits, values, rest)
-        ctx.ce_scale, ctx.eager = ce_weight / len(logits), eager
+        if probabilities is not None:
+            ce_scale = ce_weight / len(logits)
+            derivative = deviations.mul_(2 * weight).scatter_(1, index, -ce_scale).add_(probabilities, alpha=ce_scale)
+            ctx.save_for_backward(logits, derivative)
+            ctx.eager = eager
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient with respect to the logits."""
-        logits, values, rest = ctx.saved_tensors
+        logits, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(ctx.eager, logits, gradient), None, None, None, None
-        result = values.exp()
-        torch.add(rest, result, alpha=ctx.ce_scale, out=result)
-        # On an accelerator, to read the incoming gradient would wait for the device.
-        if gradient.device.type != "cpu" or float(gradient) != 1:
-            result.mul_(gradient)
-        return result, None, None, None, None
+        # A product even with 1: what is kept must not become the gradient that others go on to change.
+        return derivative * gradient, None, None, None, None
 
 
 class _LossInFewPasses(Function):
@@ -103,7 +103,7 @@ def fused_loss(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: floa
     """Return ``ce_weight * mean_i CE_i + weight * sum_i penalty_i``, the default penalty of ``distribution_penalty``.
 
     Agrees with ``eager`` but for rounding. Of more than ``FEW_ELEMENTS`` logits, no [B, K] tensor is built beside those
-    that cross-entropy builds; of fewer, one.
+    that cross-entropy builds; of fewer, one, on the way forward.
 
     Args:
         logits: ``[B, K]``, float32 or float64.

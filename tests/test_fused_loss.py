@@ -74,6 +74,15 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
     value = DRSoftmaxLoss(weight=0.3)(logits.requires_grad_(), labels)
     first, second = (torch.autograd.grad(value, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+    for times in (1, 2, 3):
+        value.backward(retain_graph=True)
+        assert torch.equal(logits.grad, times * first), "what is kept was changed along with the gradient"
+
+
+def test_without_a_gradient_the_value_is_the_same() -> None:
+    logits, labels = random_case()
+    loss = DRSoftmaxLoss(weight=0.3)
+    assert torch.equal(loss(logits, labels), value_and_gradient(lambda z: loss(z, labels), logits)[0])
 
 
 def test_logits_that_are_not_contiguous() -> None:

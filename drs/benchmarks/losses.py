@@ -77,8 +77,8 @@ def loss_rows(machine: Machine, device: str = "cpu") -> Iterator[Row]:
         yield replace(
             row, ours=f"DR-softmax in {form}", ours_median=1e3 * medians[2], ratio=ratio,
             low=low, high=high, target="", tried=True, floor="", reason="",
-            note=f"up to {FEW_ELEMENTS} logits the loss takes its form of few calls, which keeps one [B, K] tensor "
-            "more; beyond that the one of few passes",
+            note=f"up to {FEW_ELEMENTS} logits the loss takes its form of few calls, which makes one [B, K] tensor "
+            "more on the way forward; beyond that the one of few passes",
         )  # fmt: skip
         extra = (peak_tensor_bytes(ours) - peak_tensor_bytes(theirs)) / buffer
         yield Row(
