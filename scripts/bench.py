@@ -44,6 +44,7 @@ from drs.benchmarks.startup import peak_memory_rows, startup_rows
 from drs.benchmarks.suites import suite_rows
 from drs.benchmarks.sweeps import cores, packing_rows, worker_rows
 from drs.benchmarks.training import training_rows
+from drs.benchmarks.waiting import waiting_rows
 from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, evaluate_config, train_config
 from drs.data import load_split
 from drs.entrypoint import fail, let_threads_doze
@@ -97,6 +98,8 @@ def training_section(machine: Machine) -> Iterator[Row]:
         "data=cifar10", "model=smallcnn", "loss=ce", "optim=sgd", "epochs=1", "data.train_samples=20000"
     )  # fmt: skip
     yield from training_rows(cifar, ">= 2")
+    small = ["data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam", "epochs=1", "data.train_samples=20000"]
+    yield from waiting_rows(small, os.environ)
 
 
 def attacks_section(machine: Machine) -> Iterator[Row]:

@@ -37,6 +37,7 @@ from drs.benchmarks.report import TITLES, read_provenance, read_rows, report_tex
 from drs.benchmarks.startup import measured_process
 from drs.benchmarks.suites import suite_rows
 from drs.benchmarks.training import training_rows
+from drs.benchmarks.waiting import WAITS, waiting_rows
 from drs.config import PROJECT_ROOT, evaluate_config
 from drs.correlation import correlation_table
 from drs.data import LabelledImages
@@ -146,6 +147,17 @@ def test_training_rows_compare_trainings_that_reach_the_same(monkeypatch: pytest
     assert whole.reason.startswith(f"At the floor the ratio would be {whole.theirs_median / whole.least:.3g}:")  # type: ignore[operator]
     assert all(row.tried and row.ratio is not None for row in (batches, *steps))
     assert [row.ours for row in steps] == ["channels first", "bfloat16"]
+
+
+def test_trainings_are_timed_with_threads_that_wait_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("drs.benchmarks.waiting.REPEATS", 1)
+    monkeypatch.setattr("drs.benchmarks.waiting.WAITS", dict(list(WAITS.items())[:2]))
+    small = ["data=digits", "model=mlp", "epochs=1", f"data.cache={tmp_path}"]
+    rows = list(waiting_rows(small, os.environ))
+    assert [row.case[-11:] for row in rows] == ["1 at a time", "2 at a time"]
+    assert all(row.tried and row.ours == "asleep at once" and row.ratio and row.ratio > 0 for row in rows)
+    with pytest.raises(RuntimeError, match="failed"):
+        list(waiting_rows([*small, "epochs=none"], os.environ))
 
 
 def test_attack_rows_say_who_is_stronger(
