@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from drs.figure_style import (
     WIDTH,
@@ -66,7 +66,8 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
                 face = _HOLLOW if hollow else {"markeredgecolor": "white", "markeredgewidth": 0.4}
                 axis.plot(time, 100 * worst, **style, **face)
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
         axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.12)

@@ -31,9 +31,9 @@ def time_steps(
 ) -> dict[str, object]:
     """Time training steps of a config's loss against cross-entropy, one of each in turn, the order alternating.
 
-    A step is the inner attack of the config's procedure, if it has one, forward, backward and the optimiser's update
-    on one fixed batch of the training data. Returns a row of ``COLUMNS``: medians in milliseconds, the median of the
-    pairwise ratios and its 95 % bootstrap interval.
+    A step is the loss's input noise and the inner attack of the config's procedure, where there are such, and forward,
+    backward and the optimiser's update for each phase of the loss, on one fixed batch of the training data. Returns a
+    row of ``COLUMNS``: medians in milliseconds, the median of the pairwise ratios and its 95 % bootstrap interval.
     """
     training, _ = load_split(config.data, device)
     index = torch.arange(config.batch_size)
@@ -41,26 +41,30 @@ def time_steps(
     labels = training.labels[: config.batch_size]
     torch.manual_seed(0)
     model = build_model_of(config).to(device=device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config.optim)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the weights stay put, so that both losses see the same work throughout
     options = {key: value for key, value in asdict(config.loss).items() if key != "name"}
     losses = [build_loss(BASELINE), build_loss(config.loss.name, **options)]
     for loss in losses:
         loss.validate = False  # as in training
+    optimizers = [[build_optimizer(model, config.optim) for _ in range(loss.phases)] for loss in losses]
+    for group in (group for each in optimizers for optimizer in each for group in optimizer.param_groups):
+        group["lr"] = 0.0  # the weights stay put, so that both losses see the same work throughout
     procedures = [Procedure(), build_procedure(config.procedure, 0, device)]
 
     def step(which: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        chosen = procedures[which].images(model, images, labels)
-        logits = model(chosen)
-        value = losses[which](logits, labels)
-        extra = procedures[which].regulariser(model, logits)
-        (value if extra is None else value + extra).backward()
-        optimizer.step()
+        loss, chosen = losses[which], images
+        if loss.noise_std:
+            chosen = chosen + loss.noise_std * torch.randn(images.shape, device=device)
+        chosen = procedures[which].images(model, chosen, labels)
+        for phase, optimizer in enumerate(optimizers[which]):
+            optimizer.zero_grad(set_to_none=True)
+            logits = model(chosen)
+            value = loss(logits, labels, phase)
+            extra = procedures[which].regulariser(model, logits) if phase == 0 else None
+            (value if extra is None else value + extra).backward()
+            optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
