@@ -35,7 +35,8 @@ def test_each_loss_is_timed_once_at_the_published_weight(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("overrides", "updates"), [(["loss=gce"], 6), (["loss=cot"], 9), (["loss=logit_squeezing"], 6)]
+    ("overrides", "updates"),
+    [(["loss=gce"], 6), (["loss=cot"], 9), (["loss=logit_squeezing", "loss.noise_std=0.5"], 6)],
 )
 def test_a_step_is_that_of_training(monkeypatch: pytest.MonkeyPatch, overrides: list[str], updates: int) -> None:
     """Of three pairs: complement objective training updates twice a batch."""
