@@ -38,8 +38,26 @@ def run_entrypoint(main: Callable[[], object]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(_one_line(error))
     except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT))
+        _end(interrupt, "interrupted")
+
+
+def run_script(main: Callable[[], int | None], *, interrupted: str = "interrupted") -> NoReturn:
+    """Run a script that has no Hydra config, and exit with the status that it returns.
+
+    It fails as ``run_entrypoint`` says; ``interrupted`` is what is printed where it is asked to end.
+    """
+    interrupt_on_termination()
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        fail(str(error), error.exit_status)
+    except KeyboardInterrupt as interrupt:
+        _end(interrupt, interrupted)
+
+
+def _end(interrupt: KeyboardInterrupt, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT))
 
 
 def let_threads_doze() -> bool:

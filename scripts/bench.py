@@ -47,7 +47,7 @@ from drs.benchmarks.training import training_rows
 from drs.benchmarks.waiting import waiting_rows
 from drs.config import PROJECT_ROOT, EvaluateConfig, TrainConfig, evaluate_config, train_config
 from drs.data import load_split
-from drs.entrypoint import fail, let_threads_doze
+from drs.entrypoint import let_threads_doze, run_script
 from drs.errors import UserError
 from drs.filling import load_test
 from drs.provenance import describe_machine
@@ -253,7 +253,4 @@ def main() -> int:
 if __name__ == "__main__":
     if let_threads_doze():  # as trainings have it; torch has been imported by now and reads it at the start
         os.execv(sys.executable, [sys.executable, *sys.argv])
-    try:
-        sys.exit(main())
-    except UserError as error:
-        fail(str(error))
+    run_script(main)

@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.bundle import EXCLUDE, Target, make_bundle, this_platform
 from drs.config import PROJECT_ROOT, project_path
-from drs.entrypoint import fail
-from drs.errors import UserError
+from drs.entrypoint import fail, run_script
 from drs.files import sha256_of
 
 
@@ -31,13 +30,8 @@ def main() -> None:
     try:
         target = Target(given.python.rpartition("python")[2], given.platform or this_platform(), names(given.exclude))
         manifest = make_bundle(target, names(given.data), cache, Path(given.output).resolve())
-    except UserError as error:
-        fail(str(error))
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}; the bundle was not made")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     pieces = [piece for file in manifest["files"].values() for piece in file]
     size = sum(piece["size"] for piece in pieces)
     print(f"{given.output}: {len(pieces)} pieces, {size / 1e6:.0f} MB, commit {manifest['commit'][:10]}")
@@ -56,4 +50,4 @@ def names(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from drs.config import project_path
 from drs.data import DATASETS, dataset, fetch_all
 from drs.data_sources import NoSourceError
-from drs.entrypoint import fail
+from drs.entrypoint import fail, run_script
 from drs.errors import UserError
 
 
@@ -23,16 +23,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(DATASETS)}; all by default")
     names = parser.parse_args().names
     wanted = list(dict.fromkeys(names)) or list(DATASETS)
-    try:
-        for name in wanted:
-            dataset(name)
-        cache = project_path(os.environ.get("DRS_CACHE", "data"))
-        failures = fetch_all(wanted, os.environ.get("DRS_DATA"), cache)
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    for name in wanted:
+        dataset(name)
+    cache = project_path(os.environ.get("DRS_CACHE", "data"))
+    failures = fetch_all(wanted, os.environ.get("DRS_DATA"), cache)
     for name in wanted:
         print(f"{name:<14} {describe(failures.get(name))}")
     if failures and (names or len(failures) == len(wanted)):
@@ -49,4 +43,4 @@ def describe(failure: UserError | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

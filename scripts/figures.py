@@ -15,6 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from traitlets.config import Config
 
+from drs.entrypoint import run_script
 from drs.errors import UserError
 from drs.report import read_tables
 
@@ -65,21 +66,15 @@ def main() -> int:
     if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
         print(__doc__)
         return 0 if len(sys.argv) == 2 else 2
-    try:
-        results = ROOT / (os.environ.get("DRS_RESULTS") or "results")
-        for study_dir in find_studies(sys.argv[1] if len(sys.argv) == 2 else None, results, REFERENCE):
-            read_tables(
-                study_dir
-            )  # a study that cannot be drawn is told here in one line, not by the notebook in fifty
-            print(f"redrawing the figures and reports of {study_dir}", flush=True)
-            execute(NOTEBOOK, study_dir)
-            for path in [*sorted((study_dir / "figures").glob("*.png")), *(study_dir / name for name in REPORTS)]:
-                print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    results = ROOT / (os.environ.get("DRS_RESULTS") or "results")
+    for study_dir in find_studies(sys.argv[1] if len(sys.argv) == 2 else None, results, REFERENCE):
+        read_tables(study_dir)  # a study that cannot be drawn is told here in one line, not by the notebook in fifty
+        print(f"redrawing the figures and reports of {study_dir}", flush=True)
+        execute(NOTEBOOK, study_dir)
+        for path in [*sorted((study_dir / "figures").glob("*.png")), *(study_dir / name for name in REPORTS)]:
+            print(path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

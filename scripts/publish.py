@@ -10,8 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.config import PROJECT_ROOT
-from drs.entrypoint import fail
-from drs.errors import UserError
+from drs.entrypoint import run_script
 from drs.publication import MODELS, publish
 from drs.readme import README_STUDY, update_readme
 from drs.runs import study_folder
@@ -24,12 +23,9 @@ def main() -> int:
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     name, results = sys.argv[1], sys.argv[2] if len(sys.argv) == 3 else "results"
     reference = PROJECT_ROOT / "results" / "reference" / name
-    try:
-        files = publish(study_folder(results, name), reference)
-        if name == README_STUDY:
-            update_readme(PROJECT_ROOT / "README.md", reference)
-    except UserError as error:
-        fail(str(error))
+    files = publish(study_folder(results, name), reference)
+    if name == README_STUDY:
+        update_readme(PROJECT_ROOT / "README.md", reference)
     size = sum((reference / file).stat().st_size for file in files) / 1e6
     models = {file.parts[1] for file in files if file.parts[0] == MODELS and len(file.parts) > 2}
     print(f"{reference}: {len(files)} files, {size:.1f} MB; models: {', '.join(sorted(models)) or 'none'}")
@@ -37,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

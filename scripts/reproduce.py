@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.comparison import REFERENCE, comparison_text, machine_name
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_label, loss_weight
-from drs.entrypoint import fail
+from drs.entrypoint import run_script
 from drs.errors import DamagedFileError, Interrupted, UserError
-from drs.interrupts import interrupt_on_termination
 from drs.jobs import settled
 from drs.markdown import fixed, interval
 from drs.report import read_provenance
@@ -292,11 +291,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    interrupt_on_termination()
-    try:
-        sys.exit(main())
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt as stopped:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(128 + (stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT))
+    run_script(main, interrupted="interrupted; the same command goes on where it stopped")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra import compose, initialize_config_dir
 
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, run_id
-from drs.entrypoint import fail
+from drs.entrypoint import run_script
 from drs.errors import UserError
 from drs.runs import study_folder
 from drs.study_state import STATES, CellCount, RunState, count_cells, read_states, seconds_left, share, titles
@@ -120,9 +120,4 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script(main)

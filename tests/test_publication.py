@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from synthetic import study_tables, write_study
 
 from drs.array_files import load_arrays_file
 from drs.cells import standing_at
+from drs.config import PROJECT_ROOT
 from drs.data import load_test_split
 from drs.errors import DamagedFileError, UserError
 from drs.publication import chosen_runs, publish, published_images, published_models
@@ -120,3 +123,27 @@ def test_what_cannot_be_published_is_said_and_the_reference_stays(study: Path, t
     assert list(reference.parent.iterdir()) == [reference]
     with pytest.raises(UserError, match="holds no model"):
         published_models(tmp_path)
+
+
+STOPPED = """
+import os, pathlib, signal, sys
+from drs import publication
+from drs.entrypoint import run_script
+publication._seal = lambda _: os.kill(os.getpid(), int(sys.argv[3]))
+run_script(lambda: publication.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_asked_to_end_leaves_the_reference_as_it_was(study: Path, tmp_path: Path, number: int) -> None:
+    reference = tmp_path / "reference" / "smoke"
+    reference.mkdir(parents=True)
+    (reference / "old.txt").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, study, reference, str(int(number))],
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (128 + number, "interrupted\n")
+    assert [path.name for path in reference.parent.rglob("*")] == ["smoke", "old.txt"]
