@@ -145,8 +145,9 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 import reproduce
+from drs.interrupts import interrupt_on_termination
 reproduce.SCRIPTS = Path(sys.argv[2])
-reproduce.interrupt_on_termination()
+interrupt_on_termination()
 try:
     reproduce.run_step("slow.py")
 except KeyboardInterrupt:
