@@ -133,8 +133,8 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
             f"A point per model ({count(worst['run_id'].nunique(), 'model')}): robust accuracy at the decisive "
             "epsilons under the worst case over all attacks (Wilson's 95 % interval over images) and, as a dash, under "
             "PGD alone on the same images. Trainings run side by side and may have shared the machine with other work: "
-            "for what a step costs, see C3. A training procedure that has fewer images or other epochs in the study takes "
-            "its time for those."
+            "for what a step costs, see C3. A training procedure that has fewer images or other epochs in the study "
+            "takes its time for those."
         )
         draw = partial(figure_cost.robustness_against_time, tables["models"], worst)
         plan.append(_planned("robustness_against_time", "", "", caption, draw))
