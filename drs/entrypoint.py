@@ -64,10 +64,10 @@ def let_threads_doze() -> bool:
     """Have OpenMP's threads fall asleep soon where they wait for work; return whether anything was changed.
 
     Threads that spin for long stall a training several times over as soon as another program wants a core; threads that
-    sleep at once make a training of a small network half as long again on an idle machine. GNU's library, torch's on
-    Linux, takes a number of turns: 3000 cost an idle machine, and a busy one, about a tenth of what the better setting
-    for each gives. Others only know to sleep. It is read when torch is first imported, and is left alone where the
-    user has chosen.
+    sleep at once make a training of a small network a third longer, or more, on an idle machine. GNU's library, which
+    torch has on Linux, takes a number of turns: 3000 cost an idle machine, and a busy one, about a tenth of what the
+    better setting for each gives. Others only know to sleep. It is read when torch is first imported, and is left alone
+    where the user has chosen.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return False

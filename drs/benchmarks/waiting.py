@@ -28,13 +28,19 @@ def waiting_rows(overrides: Sequence[str], environment: Mapping[str, str]) -> It
     Args:
         overrides: Of each training, which is a process of its own; what is compared is the time of its epochs.
         environment: Of the processes.
+
+    Raises:
+        RuntimeError: If a training fails, or the waiting changes its weights.
     """
     kept = {name: value for name, value in environment.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     for count in (1, 2):
-        seconds = np.empty((REPEATS, len(WAITS)))
+        seconds, weights = np.empty((REPEATS, len(WAITS))), set()
         for repeat in range(REPEATS):
             for which, variables in list(enumerate(WAITS.values()))[:: 1 if repeat % 2 else -1]:
-                seconds[repeat, which] = _train(overrides, count, {**kept, **variables})
+                seconds[repeat, which], digests = _train(overrides, count, {**kept, **variables})
+                weights.add(digests)
+        if len(weights) != 1:
+            raise RuntimeError("trainings whose threads wait otherwise ended with other weights")
         medians = np.median(seconds, axis=0)
         for which, name in list(enumerate(WAITS))[1:]:
             yield Row(
@@ -44,8 +50,12 @@ def waiting_rows(overrides: Sequence[str], environment: Mapping[str, str]) -> It
             )  # fmt: skip
 
 
-def _train(overrides: Sequence[str], count: int, environment: Mapping[str, str]) -> float:
-    """Return the mean seconds of the epochs of ``count`` trainings at a time; ``RuntimeError`` if one fails."""
+def _train(overrides: Sequence[str], count: int, environment: Mapping[str, str]) -> tuple[float, frozenset[str]]:
+    """Train ``count`` seeds at a time; return the mean seconds of their epochs and the digests of their weights.
+
+    Raises:
+        RuntimeError: If one fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), *overrides, "study=waits", "progress=false",
@@ -58,4 +68,5 @@ def _train(overrides: Sequence[str], count: int, environment: Mapping[str, str])
         if any([process.wait() for process in started]):
             raise RuntimeError(f"{' '.join(command)} failed")
         states = [json.loads(path.read_text()) for path in Path(folder).glob("waits/runs/*/status.json")]
-        return float(np.mean([state["train_seconds"] for state in states]))
+        digests = frozenset(state["files"]["checkpoint.safetensors"]["sha256"] for state in states)
+        return float(np.mean([state["train_seconds"] for state in states])), digests
