@@ -63,11 +63,11 @@ def _end(interrupt: KeyboardInterrupt, message: str) -> NoReturn:
 def let_threads_doze() -> bool:
     """Have OpenMP's threads fall asleep soon where they wait for work; return whether anything was changed.
 
-    Threads that spin for long stall a training several times over as soon as another program wants a core; threads that
-    sleep at once make a training of a small network a third longer, or more, on an idle machine. GNU's library, which
-    torch has on Linux, takes a number of turns: 3000 cost an idle machine, and a busy one, about a tenth of what the
-    better setting for each gives. Others only know to sleep. It is read when torch is first imported, and is left alone
-    where the user has chosen.
+    Threads that spin for long stall a training several times over as soon as another program wants a core; threads
+    that sleep at once make a training of a small network a third longer on an idle machine. GNU's library, which
+    torch has on Linux, takes a number of turns: 3000 cost an idle machine a tenth, and a busy one less than a fifth,
+    beside the better setting for each (results/bench has the measurements). Others only know to sleep. It is read
+    when torch is first imported, and is left alone where the user has chosen.
     """
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         return False
