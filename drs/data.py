@@ -51,6 +51,10 @@ class LabelledImages:
         chosen = self.images if indices is None else self.images[indices.to(self.images.device)]
         return chosen.float().div_(255)
 
+    def first(self, count: int) -> "LabelledImages":
+        """Return the first ``count`` samples, as views; all of them if there are fewer."""
+        return LabelledImages(self.images[:count], self.labels[:count])
+
 
 def load_arrays(
     name: str,

@@ -1,11 +1,12 @@
 """How an entrypoint starts and how it fails: a user's mistake is one line, a defect is a traceback."""
 
+import contextlib
 import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
@@ -30,15 +31,8 @@ def run_entrypoint(main: Callable[[], object]) -> None:
     # With this set Hydra raises what went wrong, rather than printing it over several lines and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_plugins()
-    interrupt_on_termination()
-    try:
+    with _mistakes_as_lines("interrupted"):
         main()
-    except UserError as error:
-        fail(str(error), error.exit_status)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(_one_line(error))
-    except KeyboardInterrupt as interrupt:
-        _end(interrupt, "interrupted")
 
 
 def run_script(main: Callable[[], int | None], *, interrupted: str = "interrupted") -> NoReturn:
@@ -46,18 +40,23 @@ def run_script(main: Callable[[], int | None], *, interrupted: str = "interrupte
 
     It fails as ``run_entrypoint`` says; ``interrupted`` is what is printed where it is asked to end.
     """
+    with _mistakes_as_lines(interrupted):
+        sys.exit(main() or 0)
+
+
+@contextlib.contextmanager
+def _mistakes_as_lines(interrupted: str) -> Iterator[None]:
+    """End the program with a line on stderr for a user's mistake, a config that Hydra refuses, SIGINT and SIGTERM."""
     interrupt_on_termination()
     try:
-        sys.exit(main() or 0)
+        yield
     except UserError as error:
         fail(str(error), error.exit_status)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_one_line(error))
     except KeyboardInterrupt as interrupt:
-        _end(interrupt, interrupted)
-
-
-def _end(interrupt: KeyboardInterrupt, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT))
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT))
 
 
 def let_threads_doze() -> bool:

@@ -37,7 +37,7 @@ def load_test(config: DataConfig, n: int | None, device: torch.device) -> tuple[
         return data, indices
     if n > len(data):
         raise UserError(f"suite.n_samples.{config.name}={n}: the test set has {len(data)} samples")
-    return LabelledImages(data.images[:n], data.labels[:n]), indices[:n]
+    return data.first(n), indices[:n]
 
 
 @torch.no_grad()

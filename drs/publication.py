@@ -147,7 +147,7 @@ def _draw_pair(reference: Path, data: str, model: str) -> None:
     bounds = worst.loc[(worst["data"] == data) & (worst["norm"] == "linf"), "epsilon"]
     epsilon = float(bounds.min())
     images = published_images(reference, data)
-    few = LabelledImages(images.images[:N_DRAWN], images.labels[:N_DRAWN])
+    few = images.first(N_DRAWN)
     attack = build_attack(PGDConfig("pgd", "linf", steps=40, relative_step_size=0.125, random_start=True))
     samples = {}
     for loss in (BASELINE, PRIMARY_LOSS):

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.comparison import REFERENCE, comparison_text, machine_name
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, loss_label, loss_weight
+from drs.durations import duration
 from drs.entrypoint import run_script
 from drs.errors import DamagedFileError, Interrupted, UserError
 from drs.jobs import settled
@@ -275,14 +276,6 @@ def wrapped(text: str, width: int) -> str:
 def terminal_width() -> int:
     """Return the columns to write to, between 60 and 120."""
     return min(120, max(60, shutil.get_terminal_size((100, 24)).columns))
-
-
-def duration(seconds: float) -> str:
-    """Write a time as ``1 h 02 min``, ``12 min 05 s`` or ``8 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def show(text: str) -> None:

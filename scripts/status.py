@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hydra import compose, initialize_config_dir
 
 from drs.config import PROJECT_ROOT, SuiteConfig, TrainConfig, evaluate_config, run_id
+from drs.durations import duration
 from drs.entrypoint import run_script
 from drs.errors import UserError
 from drs.runs import study_folder
@@ -108,15 +109,7 @@ def _time_left(states: list[RunState], grid: list[TrainConfig], counts: Counter[
         return "trainings left: the time is unknown until one has finished"
     running = counts["running"]
     pace = f"{running} at a time, as now" if running else "one at a time; none is running now"
-    return f"trainings left: about {duration(seconds)} ({pace})"
-
-
-def duration(seconds: float) -> str:
-    """Write a time as ``1 h 02 min``, ``12 min`` or ``8 s``."""
-    if seconds < 60:
-        return f"{round(seconds)} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+    return f"trainings left: about {duration(seconds, rough=True)} ({pace})"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import runpy
 import sys
 import time
@@ -91,6 +92,8 @@ def test_peak_of_tensors_is_what_lives_at_a_time() -> None:
 )  # fmt: skip
 def test_verdict_compares_the_ratio_with_the_target(ratio: float | None, target: str, verdict: str) -> None:
     assert replace(ROW, ratio=ratio, target=target).verdict == verdict
+    # A ratio that is good enough is not enough where what goes with it does not hold.
+    assert replace(ROW, ratio=ratio, target=target, held=False).verdict == verdict.replace("met", "missed")
 
 
 def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
@@ -100,6 +103,7 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
     rows = [
         ROW,
         replace(ROW, case="slow", ratio=2.5, reason="Because."),
+        replace(ROW, case="weak", held=False, reason="It is weaker."),
         replace(ROW, ours="a try", tried=True, target=""),
     ]
     write_rows(tmp_path, [*rows, unmeasured], PROVENANCE)
@@ -110,6 +114,7 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
     )
     assert line in text
     assert "not measured" in text and "- a \\| b, ours: floor: a floor." in text
+    assert "- weak, ours: 2.00 where &lt;= 2 is wanted. It is weaker." in text
     assert text.count("- slow, ours: 2.50 where &lt;= 2 is wanted. Because.") == 1
     assert text.index(line) < text.index("### What was tried") < text.index("| a try |") < text.index("### Missed, and")
     assert "Targets: 1 met, 1 not measured." in report_text([ROW, unmeasured], PROVENANCE)
@@ -120,7 +125,7 @@ def test_rows_are_kept_and_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"provenance\.json is not JSON .* delete it and .*bench\.csv"):
         read_provenance(tmp_path)
     # Rows written before there was a floor in figures are still read.
-    frame = pd.read_csv(tmp_path / "bench.csv").drop(columns=["least", "tried", "reason"])
+    frame = pd.read_csv(tmp_path / "bench.csv").drop(columns=["least", "tried", "reason", "held"])
     frame.to_csv(tmp_path / "bench.csv", index=False)
     assert read_rows(tmp_path)[0] == replace(ROW, least=None)
     (tmp_path / "bench.csv").write_text("a,b\n1,2\n")
@@ -146,7 +151,7 @@ def test_training_rows_compare_trainings_that_reach_the_same(monkeypatch: pytest
     assert whole.least > 0 and whole.verdict == "missed"  # type: ignore[operator]
     assert whole.reason.startswith(f"At the floor the ratio would be {whole.theirs_median / whole.least:.3g}:")  # type: ignore[operator]
     assert all(row.tried and row.ratio is not None for row in (batches, *steps))
-    assert [row.ours for row in steps] == ["channels first", "bfloat16"]
+    assert [row.ours for row in steps] == ["channels first", "bfloat16", *(["compiled"] if shutil.which("g++") else [])]
 
 
 def test_trainings_are_timed_with_threads_that_wait_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,7 +183,17 @@ def test_attack_rows_say_who_is_stronger(
     assert all(1 < float(row.floor.partition(" of 41 looks")[0]) <= 41 for row in measured)
     assert sum(row.target == ">= 3" for row in rows) == 2  # of the fastest peer alone
     assert all(row.ratio is None and "[bench]" in row.note for row in rows if row.theirs == "ART")
-    assert measured[-1].note.startswith("no weaker")
+    assert measured[-1].note.startswith("no weaker") and measured[-1].held
+
+    # An attack that leaves its images alone is fast, and its rows say that this is not what was asked.
+    def look_on(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epsilon: float) -> torch.Tensor:
+        model(images.clone().requires_grad_())
+        return images
+
+    monkeypatch.setattr("drs.benchmarks.attacks._ours", lambda _: look_on)
+    idle = [row for row in attack_rows(digits_model, images, labels, 0.2, described="mlp", target=">= 3") if row.target]
+    assert all(row.ratio > 3 and row.verdict == "missed" for row in idle)  # type: ignore[operator]
+    assert all(row.reason.startswith("It leaves more images standing") for row in idle)
     tried = list(look_rows(digits_model, images, labels, described="mlp"))
     assert len(tried) == 3 and all(row.tried and row.ratio is not None for row in tried)
 
@@ -208,7 +223,7 @@ def test_models_trained_as_one_batch_are_those_trained_in_turn(
     digits: tuple[LabelledImages, LabelledImages, LabelledImages],
 ) -> None:
     training, validation, _ = digits
-    training = LabelledImages(training.images[:200], training.labels[:200])
+    training = training.first(200)
     configs = [
         compose_train("data=digits", "model=mlp", "optim=adam", "epochs=2", "batch_size=50", *rest)
         for rest in (("loss=dr_softmax", "loss.weight=0.01", "seed=3"), ("loss=ce", "seed=4"))

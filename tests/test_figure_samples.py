@@ -18,7 +18,7 @@ PGD = build_attack(PGDConfig("pgd", "linf", steps=10, relative_step_size=0.25, r
 
 @pytest.fixture
 def attacked(digits_model: nn.Module, digits: Digits) -> AttackedSamples:
-    few = LabelledImages(digits[2].images[:4], digits[2].labels[:4])
+    few = digits[2].first(4)
     return attack_samples(digits_model, few, PGD, 0.3)
 
 
@@ -32,7 +32,7 @@ def test_samples_hold_both_images_and_the_softmax_of_each(
         wanted = digits_model(torch.from_numpy(pixels)).softmax(1).detach().numpy()
         np.testing.assert_allclose(softmax, wanted, atol=1e-6)
     with pytest.raises(UserError, match="epsilon|eval"):
-        attack_samples(digits_model.train(), LabelledImages(digits[2].images[:2], digits[2].labels[:2]), PGD, 0.3)
+        attack_samples(digits_model.train(), digits[2].first(2), PGD, 0.3)
     digits_model.eval()
 
 

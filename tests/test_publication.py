@@ -129,6 +129,7 @@ STOPPED = """
 import os, pathlib, signal, sys
 from drs import publication
 from drs.entrypoint import run_script
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in a shell's background starts without
 publication._seal = lambda _: os.kill(os.getpid(), int(sys.argv[3]))
 run_script(lambda: publication.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])))
 """

@@ -14,6 +14,7 @@ import torch
 from conftest import compose_train
 from synthetic import PROVENANCE, study_tables, write_study
 
+from drs.durations import duration
 from drs.errors import UserError
 from drs.runs import run_folder
 from drs.sweeper import core_count, threads_each, threads_text
@@ -197,7 +198,16 @@ def test_damaged_trainings_are_planned_again(results: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (754.5, "12 min 34 s"), (3720, "1 h 02 min")]
+    ("seconds", "text", "rough"),
+    [
+        (0.4, "0 s", "0 s"),
+        (59.6, "1 min 00 s", "1 min"),
+        (754.5, "12 min 34 s", "13 min"),
+        (3569.0, "59 min 29 s", "59 min"),
+        (3590.0, "59 min 50 s", "1 h 00 min"),
+        (3720, "1 h 02 min", "1 h 02 min"),
+    ],
 )
-def test_duration(seconds: float, text: str) -> None:
-    assert reproduce.duration(seconds) == text
+def test_duration(seconds: float, text: str, rough: str) -> None:
+    assert duration(seconds) == text
+    assert duration(seconds, rough=True) == rough

@@ -115,7 +115,8 @@ def attack_rows(
     for name in own:
         looks = _looks(model, images, labels, epsilon, own[name])
         bound = 1 / (per_look * looks)
-        stronger = "no weaker" if accuracy[name] <= lowest else "weaker than the strongest of them"
+        held = accuracy[name] <= lowest
+        stronger = "no weaker" if held else "weaker than the strongest of them"
         for peer in PEERS:
             if peer not in present:
                 yield Row(
@@ -129,8 +130,9 @@ def attack_rows(
                 target if peer == fastest else "", device, threads, least=bound,
                 floor=f"{looks:.1f} of {STEPS + 1} looks an image remain when what has fallen is left alone, each a "
                 f"pass through the model and back, {1e3 * per_look:.3g} ms an image; nothing else",
-                note=f"{stronger}; standing: {standing}",
-                reason=f"At the floor the ratio would be {bound / rate[peer]:.3g}: a library that takes every step "
+                note=f"{stronger}; standing: {standing}", held=held,
+                reason=("" if held else "It leaves more images standing than the strongest of them. ")
+                + f"At the floor the ratio would be {bound / rate[peer]:.3g}: a library that takes every step "
                 f"looks {(STEPS + 1) / looks:.3g} times as often, and an image that never falls must be looked at in "
                 "every step by all of them.",
             )  # fmt: skip

@@ -35,7 +35,7 @@ Trained = tuple[np.ndarray, np.ndarray]
 def train_here(config: TrainConfig, device: torch.device, repeats: int) -> Trained:
     """Train a config at seeds 0 to ``repeats`` - 1 on data that are in memory, after a training that is not counted."""
     training, validation = load_split(config.data, device)
-    nothing = LabelledImages(validation.images[:0], validation.labels[:0])
+    nothing = validation.first(0)
     test, _ = load_test(config.data, None, device)
 
     def train(seed: int) -> nn.Module:

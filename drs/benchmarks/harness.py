@@ -39,6 +39,7 @@ class Row:
         least: The floor in the unit of the medians, where it is a figure.
         tried: Whether this is something that was tried to reach a target, and not how the work is done.
         reason: Why the target is missed, where it is.
+        held: Whether what the target asks besides the ratio holds, such as an attack that is no weaker.
     """
 
     section: str
@@ -60,6 +61,7 @@ class Row:
     least: float | None = None
     tried: bool = False
     reason: str = ""
+    held: bool = True
 
     @property
     def verdict(self) -> str:
@@ -70,7 +72,7 @@ class Row:
             return ""
         sign, bound = self.target.split()
         reached = self.ratio <= float(bound) if sign == "<=" else self.ratio >= float(bound)
-        return "met" if reached else "missed"
+        return "met" if reached and self.held else "missed"
 
 
 def time_in_turn(

@@ -48,7 +48,7 @@ def read_rows(folder: Path) -> list[Row]:
         for name, value in values.items():
             if pd.isna(value):
                 values[name] = None if name in numbers else ""
-        values["tried"] = bool(values.get("tried"))
+        values["tried"], values["held"] = bool(values.get("tried")), bool(values.get("held", True))
         rows.append(Row(**values))
     return rows
 

@@ -72,7 +72,7 @@ def packing_rows(config: TrainConfig, device: torch.device) -> Iterator[Row]:
         device: Of the data and of both.
     """
     training, validation = load_split(config.data, device)
-    nothing = type(validation)(validation.images[:0], validation.labels[:0])
+    nothing = validation.first(0)
     steps = config.epochs * (len(training) // config.batch_size)
     for size in SIZES:
         configs = [copy.deepcopy(config) for _ in range(size)]

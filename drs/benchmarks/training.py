@@ -1,5 +1,7 @@
 """Our training loop beside the plain one: DataLoader, torchvision's transforms, float32, the same model and epochs."""
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,7 +72,7 @@ def training_rows(config: TrainConfig, target: str) -> Iterator[Row]:
     """Yield the seconds of whole trainings, ours and the plain one in turn, with their test accuracies."""
     device = torch.device("cpu")
     training, validation = load_split(config.data, device)
-    nothing = LabelledImages(validation.images[:0], validation.labels[:0])
+    nothing = validation.first(0)
     images, labels = load_arrays(config.data.name, "train", cache=project_path(config.data.cache))
     rest = balanced_order(labels)[config.data.validation :][: len(training)]
     test, _ = load_test(config.data, None, device)
@@ -113,16 +115,17 @@ def step_seconds(config: TrainConfig, training: LabelledImages, repeats: int = S
     images = training.pixels(torch.arange(config.batch_size))
     labels = training.labels[: config.batch_size]
 
-    def step_of(memory_format: torch.memory_format, precision: str) -> Callable[[], None]:
+    def step_of(memory_format: torch.memory_format, precision: str, *, compiled: bool = False) -> Callable[[], None]:
         torch.manual_seed(0)
         model = build_model_of(config).to(memory_format=memory_format).train()  # type: ignore[call-overload]
         optimizer = build_optimizer(model, config.optim)
+        forward = torch.compile(model) if compiled else model
         batch = images.contiguous(memory_format=memory_format)
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             with autocast(batch.device, precision):
-                logits = model(batch)
+                logits = forward(batch)
             F.cross_entropy(logits, labels).backward()
             optimizer.step()
 
@@ -133,6 +136,8 @@ def step_seconds(config: TrainConfig, training: LabelledImages, repeats: int = S
         "channels first": step_of(torch.contiguous_format, "float32"),
         "bfloat16": step_of(torch.channels_last, "bfloat16"),
     }
+    if shutil.which(os.environ.get("CXX", "g++")):
+        steps["compiled"] = step_of(torch.channels_last, "float32", compiled=True)
     return dict(zip(steps, time_in_turn(list(steps.values()), repeats, warmup=3).T, strict=True))
 
 
@@ -169,10 +174,11 @@ def _tried_rows(
     notes = {
         "channels first": "PyTorch's default order of memory",
         "bfloat16": "precision=bfloat16, which changes the results and is left to who asks for it",
+        "compiled": "compile=true, the first step, which compiles, not counted; it rounds in another order",
     }
-    for name, note in notes.items():
+    for name in list(steps)[1:]:
         yield Row(
             "training", f"{where}, a step on a batch in memory", name, "as in training: float32, channels last", "ms",
             1e3 * float(np.median(steps[name])), 1e3 * float(np.median(base)), *ratio_of_medians(steps[name], base),
-            len(base), "", "cpu", torch.get_num_threads(), tried=True, note=note,
+            len(base), "", "cpu", torch.get_num_threads(), tried=True, note=notes[name],
         )  # fmt: skip
