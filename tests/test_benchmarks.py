@@ -2,8 +2,8 @@
 
 import os
 import re
-import shutil
 import runpy
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -31,7 +31,7 @@ from drs.benchmarks.cards import (
 )
 from drs.benchmarks.gpu import TARGETS, missing_rows
 from drs.benchmarks.growth import class_rows, made_up_models, table_rows
-from drs.benchmarks.harness import Machine, Row, peak_tensor_bytes, ratio_of_medians, time_in_turn
+from drs.benchmarks.harness import Machine, Row, count_flops, peak_tensor_bytes, ratio_of_medians, time_in_turn
 from drs.benchmarks.losses import loss_rows
 from drs.benchmarks.packing import fit_packed
 from drs.benchmarks.report import TITLES, read_provenance, read_rows, report_text, write_rows
@@ -83,6 +83,13 @@ def test_peak_of_tensors_is_what_lives_at_a_time() -> None:
 
     assert peak_tensor_bytes(both) == 2 * 4000
     assert peak_tensor_bytes(lambda: source.add_(1)) == 0
+
+
+def test_flops_are_those_of_products_there_and_back() -> None:
+    left, right = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7)
+    assert count_flops(lambda: left @ right) == 2 * 3 * 5 * 7
+    assert count_flops(lambda: (left @ right).relu().sum().backward()) == 2 * 2 * 3 * 5 * 7
+    assert count_flops(lambda: left.exp()) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 BOOTSTRAP = 2000
 
@@ -136,6 +137,16 @@ def peak_tensor_bytes(function: Callable[[], object]) -> int:
     return storages.peak
 
 
+def count_flops(function: Callable[[], object]) -> int:
+    """Return the multiplications and additions of the matrix products and convolutions in a call and on its way back.
+
+    As PyTorch counts them from the shapes; what works value by value is not among them.
+    """
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Give torch so many threads for a while."""
@@ -149,7 +160,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine can do at best.
+    """What a processor or a card can do at best.
 
     Attributes:
         gigaflops: Multiplications and additions of large float32 matrices, 1e9 a second.
@@ -160,12 +171,12 @@ class Machine:
     gigabytes: float
 
 
-def measure_machine(repeats: int = 5) -> Machine:
-    """Measure the arithmetic rate and the bandwidth with as many threads as torch has."""
-    size = 1536
-    one, other = torch.randn(size, size), torch.randn(size, size)
-    source = torch.randn(32 * 2**20)  # 128 MiB, beyond the caches
+def measure_machine(device: str = "cpu", repeats: int = 5) -> Machine:
+    """Measure the arithmetic rate and the bandwidth of a device, of a CPU with as many threads as torch has."""
+    size, values = (1536, 32 * 2**20) if device == "cpu" else (8192, 256 * 2**20)  # beyond the caches
+    one, other = torch.randn(2, size, size, device=device)
+    source = torch.randn(values, device=device)
     target = torch.empty_like(source)
-    seconds = time_in_turn([lambda: one @ other, lambda: target.copy_(source)], repeats)
+    seconds = time_in_turn([lambda: one @ other, lambda: target.copy_(source)], repeats, device=device)
     multiply, copy = np.median(seconds, axis=0)
     return Machine(2 * size**3 / multiply / 1e9, 2 * source.nbytes / copy / 1e9)
