@@ -62,11 +62,20 @@ class CWTorchattacksConfig(AttackConfig):
 
 @dataclass
 class CWConfig(AttackConfig):
-    """CW with binary search over the constant (arXiv 1608.04644, section VI), foolbox."""
+    """CW with binary search over the constant (arXiv 1608.04644, section VI), foolbox.
+
+    Attributes:
+        binary_search_steps: Constants tried per sample and step size.
+        steps: Adam steps per constant.
+        step_sizes: Of Adam; each is a search of its own, and the smallest perturbation counts.
+        confidence: Margin to be reached, kappa in the paper.
+        initial_const: The first constant.
+        abort_early: Stop a constant whose loss no longer falls.
+    """
 
     binary_search_steps: int = 6
-    steps: int = 100
-    step_size: float = 0.05
+    steps: int = 80
+    step_sizes: list[float] = field(default_factory=lambda: [0.05, 0.005])
     confidence: float = 0.0
     initial_const: float = 1.0
     abort_early: bool = False
@@ -149,6 +158,17 @@ class FMNConfig(AttackConfig):
 
 
 @dataclass
+class FMNFromStartConfig(FMNConfig):
+    """The same from a misclassified start rather than the clean image, from which it does not converge in L2.
+
+    Attributes:
+        start_steps: Gradient steps in each of the growing balls in which the start is looked for.
+    """
+
+    start_steps: int = 10
+
+
+@dataclass
 class HopSkipJumpConfig(AttackConfig):
     """HopSkipJump, which sees predicted classes only (Chen et al. 2020, arXiv 1904.02144), foolbox."""
 
@@ -170,6 +190,7 @@ ATTACK_SCHEMAS: dict[str, type[AttackConfig]] = {
     "fab_t": TargetedFABConfig,
     "square": SquareConfig,
     "fmn": FMNConfig,
+    "fmn_from_start": FMNFromStartConfig,
     "hop_skip_jump": HopSkipJumpConfig,
 }
 LINF_ONLY = ("fgsm", "pgd", "noise", "apgd_t")
@@ -184,7 +205,7 @@ class SanityConfig:
     Attributes:
         n_samples: The first so many of the suite's samples.
         steps: Gradient steps of a probe; one probe doubles them.
-        restarts: Of the margin probe; one probe doubles them.
+        restarts: Of every probe, the first from the clean image; one probe doubles them.
         relative_step_size: The first step as a share of epsilon.
         batch_size: Samples per batch.
         seed: Of the random starts.
@@ -223,13 +244,18 @@ def check_attack(key: str, attack: AttackConfig) -> None:
             raise UserError(f"{key}.objectives={name}: unknown; it is one of {', '.join(OBJECTIVES)}")
     if attack.standing_only and not attack.decisive:
         raise UserError(f"{key}.standing_only=true: needs decisive=true, so that all attacks share their samples")
-    positive = ("n_samples", "steps", "relative_step_size", "c", "learning_rate", "binary_search_steps", "step_size",
-                "initial_const", "restarts", "draws", "rho", "n_queries", "initial_gradient_eval_steps",
+    positive = ("n_samples", "steps", "start_steps", "relative_step_size", "c", "learning_rate", "binary_search_steps",
+                "step_size", "initial_const", "restarts", "draws", "rho", "n_queries", "initial_gradient_eval_steps",
                 "max_gradient_eval_steps")  # fmt: skip
     for name in positive:
         value = getattr(attack, name, None)
         if value is not None and not value > 0:
             raise UserError(f"{key}.{name}={value}: must be above 0")
+    for value in (step_sizes := getattr(attack, "step_sizes", [1.0])):
+        if not value > 0:
+            raise UserError(f"{key}.step_sizes={value}: must be above 0")
+    if not step_sizes:
+        raise UserError(f"{key}.step_sizes=[]: needs at least one step size, such as [0.05]")
     confidence = getattr(attack, "confidence", 0.0)
     if confidence < 0:
         raise UserError(f"{key}.confidence={confidence}: must be at least 0")

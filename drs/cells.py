@@ -16,7 +16,7 @@ import numpy as np
 
 from drs.array_files import load_arrays_file
 from drs.attack_config import SLACK, AttackConfig, ProjectedConfig, SanityConfig, TransferConfig, is_bounded
-from drs.config import TrainConfig, fingerprint, loss_label
+from drs.config import TrainConfig, fingerprint, identity, loss_label
 from drs.errors import DamagedFileError
 from drs.integrity import CHECKPOINT
 from drs.runs import RunFolder
@@ -134,20 +134,35 @@ def _precedes(cell: Cell, attack: AttackConfig, epsilon: Epsilon) -> bool:
 
 
 def find_twin(run: RunFolder, configs: Mapping[RunFolder, TrainConfig]) -> RunFolder | None:
-    """Return the cross-entropy run with the same data, architecture and seed; for such a run, one of another seed."""
+    """Return the cross-entropy run of standard training whose gradients a transfer attack on a run follows.
+
+    It has the same data set, architecture and seed; for a cross-entropy run, another seed, the next in turn. Where that
+    leaves several, which differ in their training samples, optimiser, epochs, batch size or precision, it is the one
+    that is most like the run: alike in everything but the loss, if there is one.
+    """
     train = configs[run]
-    twins = {
-        config.seed: other
+    twins = [
+        (other, config)
         for other, config in configs.items()
         if other.run_id != run.run_id
         and loss_label(config) == "ce"
         and (config.data.name, config.model) == (train.data.name, train.model)
-    }
+    ]
     if loss_label(train) != "ce":
-        return twins.get(train.seed)
-    # A cross-entropy run has no twin of its own seed; the next seed in turn stands in.
-    later = sorted(twins, key=lambda seed: (seed <= train.seed, seed))
-    return twins[later[0]] if later else None
+        twins = [(other, config) for other, config in twins if config.seed == train.seed]
+
+    def rank(twin: tuple[RunFolder, TrainConfig]) -> tuple[int, bool, int, str]:
+        other, config = twin
+        return _count_differences(config, train), config.seed <= train.seed, config.seed, other.run_id
+
+    return min(twins, key=rank)[0] if twins else None
+
+
+def _count_differences(first: TrainConfig, second: TrainConfig) -> int:
+    """Return in how many parts of their identity two runs differ, loss, procedure and seed aside."""
+    ours, theirs = identity(first), identity(second)
+    apart = ("loss", "procedure", "seed")
+    return sum(ours.get(key) != theirs.get(key) for key in {*ours, *theirs} if key not in apart)
 
 
 def _cell(

@@ -65,6 +65,7 @@ def decide_claims(
     strong_suite: bool,
     worst_case: pd.DataFrame | None = None,
     sanity: pd.DataFrame | None = None,
+    minimal_norms: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Decide the claims C1 to C5 for every dataset and architecture, and over all of them.
 
@@ -77,6 +78,8 @@ def decide_claims(
         strong_suite: Whether the worst case contains the strong suite.
         worst_case: worst_case.csv, see ``drs.masking.paired_gains``; C5 is open without it.
         sanity: sanity.csv: ``data, model, loss, loss_weight, check, passed, excluded``.
+        minimal_norms: minimal_norms.csv, see ``drs.minimal_norms.norm_rows``: the evidence of C2 says from it which
+            norms are not converged.
 
     Returns:
         ``COLUMNS``; the overall rows, with data = model = ``all``, come first. ``effect`` with its 95 % interval is a
@@ -98,6 +101,7 @@ def decide_claims(
             landing=select(landing, data=data, model=model),
             worst_case=select(pd.DataFrame() if worst_case is None else worst_case, data=data, model=model),
             sanity=select(pd.DataFrame(columns=SANITY) if sanity is None else sanity, data=data, model=model),
+            norms=select(pd.DataFrame() if minimal_norms is None else minimal_norms, data=data, model=model),
             strong_suite=strong_suite,
         )
         excluded = len(every) - len(usable)

@@ -5,15 +5,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from drs.marks import counted
 from drs.masking import paired_gains, survival
 from drs.paired import BASELINE
 from drs.selection import group_models, usable_models
 
 ACCURACIES = (
-    "fgsm", "pgd", "margin_pgd", "targeted_pgd", "apgd_ce", "adaptive", "apgd_t", "fab_t", "square", "transfer",
-    "noise",
+    "fgsm", "pgd", "margin_pgd", "targeted_pgd", "apgd_ce", "fmn_linf", "adaptive", "apgd_t", "fab_t", "square",
+    "transfer", "noise", "hop_skip_jump", "cw_torchattacks", "cw", "margin_pgd_l2", "fmn_l2",
 )  # fmt: skip
-NORMS = ("fmn_linf", "fmn_l2", "cw")
+"""Every attack that a worst case is taken over."""
+NORMS = ("smallest_linf", "smallest_l2", "fmn_linf", "fmn_l2", "cw")
 
 
 def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: pd.DataFrame) -> pd.DataFrame:
@@ -67,8 +69,4 @@ def _survival(worst: pd.DataFrame, loss: str, weight: float) -> dict[str, float]
 
 
 def _failures(own: pd.DataFrame) -> str:
-    if "failed_checks" not in own:
-        return ""
-    names = own["failed_checks"].fillna("").astype(str).str.split(";").explode()
-    counts = names[names != ""].value_counts(sort=False)
-    return "; ".join(f"{name} {number}/{len(own)}" for name, number in counts.items())
+    return counted(own["failed_checks"].fillna("").astype(str)) if "failed_checks" in own else ""

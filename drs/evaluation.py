@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from drs.allocator import keep_freed_memory
+from drs.cell_states import RunWatch, watch_in_worker
 from drs.cells import Cell, plan_study, read_cells
 from drs.claiming import ClaimedElsewhere, ClaimLost, claim
 from drs.config import EvaluateConfig, TrainConfig, run_id
 from drs.device import choose_device
 from drs.errors import DamagedFileError, UnwritableError, UserError
-from drs.evaluation_workers import Progress, as_they_come, count_workers, worker_pool
+from drs.evaluation_progress import Progress
+from drs.evaluation_workers import as_they_come, count_workers, worker_pool
 from drs.files import remove_leftovers
 from drs.filling import fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
@@ -90,7 +92,9 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     runs = f"{len(cells)} finished run{'s' * (len(cells) != 1)}"
     print(f"{config.study}: {runs}, {sum(map(len, cells.values()))} cells, {total} to compute{share}", flush=True)
     computed = 0
-    with closing(Progress(total, len(todo), config.progress)) as progress:
+    absent = {cell.path for planned in todo.values() for cell in planned}
+    there = (cell for planned in cells.values() for cell in planned if cell.path not in absent)
+    with Progress(todo, there, device.type, workers, config.progress) as progress:
         whole_runs = {run: (cells[run], config.suite) for run in todo}
         for outcome in _evaluate(todo, whole_runs, device, workers, per_run, progress):
             computed += outcome.computed
@@ -171,10 +175,8 @@ def _evaluate(
                 if outcome.elsewhere:
                     put_off.append(outcome.run)
                     continue
-                if workers > 1:
-                    progress.advance(len(todo[outcome.run]))
                 verb = "could not evaluate" if outcome.failure else "evaluated"
-                progress.finished(verb, outcome.seconds)
+                progress.finished(outcome.run, verb, outcome.seconds)
                 yield outcome
             if put_off and not said:
                 print(f"waiting for {len(put_off)} runs that another evaluation is at work on", flush=True)
@@ -193,10 +195,20 @@ def _caller(workers: int, per_run: int, progress: Progress) -> Iterator[Call]:
 
     def in_turn(tasks: list[tuple[Any, ...]]) -> Iterator[Outcome]:
         for run, cells, device, whole in tasks:
-            yield evaluate_run(run, cells, device, whole, progress, per_run)
+            yield evaluate_run(run, cells, device, whole, progress.states.watch(run), per_run)
 
-    with worker_pool(workers) if workers > 1 else nullcontext() as pool:
-        yield in_turn if pool is None else lambda tasks: as_they_come(pool, evaluate_run, tasks)
+    def side_by_side(tasks: list[tuple[Any, ...]]) -> Iterator[Outcome]:
+        assert pool is not None
+        return as_they_come(pool, _evaluate_in_worker, [(progress.states.first[task[0]], *task) for task in tasks])
+
+    with worker_pool(workers, progress.states.shared) if workers > 1 else nullcontext() as pool:
+        yield in_turn if pool is None else side_by_side
+
+
+def _evaluate_in_worker(
+    first: int, run: RunFolder, cells: list[Cell], device: torch.device, whole: WholeRun
+) -> Outcome:
+    return evaluate_run(run, cells, device, whole, watch_in_worker(first, cells))
 
 
 def evaluate_run(
@@ -204,49 +216,51 @@ def evaluate_run(
     cells: list[Cell],
     device: torch.device,
     whole: WholeRun | None = None,
-    progress: Progress | None = None,
+    watch: RunWatch | None = None,
     processes: int = 1,
 ) -> Outcome:
     """Compute those of a run's cells that are missing, up to the first that fails, under the run's claim.
 
     What is left after ``SPREAD_SECONDS`` is spread over several processes, if there may be more than one. With all
-    cells of the run and the suite as ``whole``, what they say together is kept for the tables.
+    cells of the run and the suite as ``whole``, what they say together is kept for the tables. How far the cells are is
+    noted with ``watch``.
 
     Raises:
         UnwritableError: If results cannot be written, which no other run will fare better with.
     """
     began = time.perf_counter()
     computed, where = 0, "its checkpoint"
+    watch = watch or RunWatch(None, 0, ())
 
     def begun(cell: Cell) -> None:
         nonlocal where
         where = cell.title
-        if progress is not None:
-            progress.show(f"{cell.train.data.name} {cell.train.loss.name} {cell.title}")
+        watch.begun(cell)
 
-    def done(_: Cell, count: int) -> None:
+    def done(cell: Cell, count: int) -> None:
         nonlocal computed
         computed += count
-        if progress is not None:
-            progress.advance(1)
+        watch.done(cell)
 
     try:
         with claim(run.path / "eval" / ".claim", f"the evaluation of run {run.run_id}") as held:
             try:
                 remove_leftovers(run.path / "eval")
                 queue = _missing(cells)
+                watch.keep(queue)
                 model = run.load_model(device) if queue else None
                 while queue and (processes == 1 or time.perf_counter() - began < SPREAD_SECONDS):
                     assert model is not None
                     cell = queue.pop(0)
                     begun(cell)
-                    done(cell, _fill(cell, model, device, held.check))
+                    done(cell, _fill(cell, model, device, held.check, watch))
                 if queue:
                     assert model is not None
                     with worker_pool(processes) as pool:
                         fill_side_by_side(
                             pool, processes, queue, device, before_writing=held.check, when_begun=begun, when_done=done,
-                            fill_here=lambda cell: _fill(cell, model, device, held.check),
+                            on_images=watch.images,
+                            fill_here=lambda cell: _fill(cell, model, device, held.check, watch),
                         )  # fmt: skip
             except (UnwritableError, ClaimLost):
                 raise
@@ -262,12 +276,14 @@ def evaluate_run(
     return Outcome(run, computed, time.perf_counter() - began)
 
 
-def _fill(cell: Cell, model: torch.nn.Module, device: torch.device, before_writing: Callable[[], None]) -> int:
+def _fill(
+    cell: Cell, model: torch.nn.Module, device: torch.device, before_writing: Callable[[], None], watch: RunWatch
+) -> int:
     """Compute a cell, and first again what is damaged of those that it builds on; return how many were computed."""
     redone: list[Path] = []
     while True:
         try:
-            fill_cell(cell, model, device, before_writing)
+            fill_cell(cell, model, device, before_writing, watch.images)
         except DamagedFileError as error:
             earlier = next((other for other in cell.after if other.path == error.path), None)
             if earlier is None or earlier.path in redone:
@@ -275,6 +291,6 @@ def _fill(cell: Cell, model: torch.nn.Module, device: torch.device, before_writi
             print(error, flush=True)
             earlier.path.unlink(missing_ok=True)
             redone.append(earlier.path)
-            _fill(earlier, model, device, before_writing)
+            _fill(earlier, model, device, before_writing, watch)
         else:
             return 1 + len(redone)

@@ -1,10 +1,8 @@
-"""How an evaluation's runs are spread over worker processes, and what a user sees of it."""
+"""How an evaluation's runs are spread over worker processes."""
 
 import multiprocessing
 import os
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -12,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from drs.allocator import keep_freed_memory
+from drs.cell_states import lend
 from drs.config import EvaluateConfig
 from drs.errors import UserError
 from drs.processes import end_with_parent
@@ -44,16 +42,17 @@ def count_workers(config: EvaluateConfig, device: torch.device, n_runs: int) -> 
 
 
 @contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(workers: int, states: Any = None) -> Iterator[ProcessPoolExecutor]:
     """Yield worker processes. After an error or an interrupt they are ended at once; what they write is whole or not
-    there.
+    there. ``states`` is the memory that ``drs.cell_states.watch_in_worker`` is to use in them.
 
     Raises:
         UserError: If a worker process is ended from outside.
     """
     context = multiprocessing.get_context("spawn")
     threads = max(1, available_cores() // workers)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), threads))
+    arguments = (os.getpid(), threads, states)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
     try:
         yield pool
     except BaseException as error:
@@ -77,43 +76,10 @@ def as_they_come(
         yield future.result()
 
 
-def _start_worker(parent: int, threads: int) -> None:
+def _start_worker(parent: int, threads: int, states: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
     end_with_parent(parent)
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # numpy's, which torch's number is not for
     keep_freed_memory()
-
-
-class Progress:
-    """A bar over cells in a terminal; elsewhere a line per run, with the time left."""
-
-    def __init__(self, n_cells: int, n_runs: int, enabled: bool) -> None:
-        terminal = enabled and sys.stderr.isatty()
-        layout = "attacks {percentage:3.0f}%|{bar}| {n}/{total} {elapsed}<{remaining}{postfix}"
-        self.bar: tqdm[Any] = tqdm(
-            total=n_cells, disable=not terminal, dynamic_ncols=True, leave=False, bar_format=layout
-        )
-        self.lines = enabled and not terminal
-        self.total = n_runs
-        self.done = 0
-        self.began = time.perf_counter()
-
-    def show(self, text: str) -> None:
-        """Say beside the bar what is being computed."""
-        self.bar.set_postfix_str(f"run {self.done + 1}/{self.total} {text}")
-
-    def advance(self, n_cells: int) -> None:
-        """Count cells."""
-        self.bar.update(n_cells)
-
-    def finished(self, verb: str, seconds: float) -> None:
-        """Count a run, which was evaluated, failed, or was left to another evaluation."""
-        self.done += 1
-        if self.lines:
-            left = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
-            print(f"{verb} run {self.done}/{self.total} ({seconds:.0f} s), about {left:.0f} s left", flush=True)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.bar.close()
+    lend(states)

@@ -8,12 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from drs.figure_legends import HOLLOW, ONE_PAIR, failed_key, legend_below, one_pair_key, point_face
 from drs.figure_style import (
     WIDTH,
     groups,
-    has_failed,
     included,
-    legend_below,
     marked_label,
     of_group,
     of_setting,
@@ -24,9 +23,12 @@ from drs.figure_style import (
     styled,
     wilson_interval,
 )
+from drs.marks import has_failed
 
-_HOLLOW: dict[str, Any] = {"markerfacecolor": "white"}
 _PALE: dict[str, Any] = {"alpha": 0.45}
+_GAINS: list[tuple[str, str, float, dict[str, Any]]] = [
+    ("gain_pgd", "s", -0.17, _PALE), ("gain_worst", "o", 0.17, {})
+]  # fmt: skip
 
 
 @styled
@@ -63,8 +65,7 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
                 axis.vlines(time, low, high, color=style["color"], linewidth=0.8, alpha=0.5)
                 dash = {"color": style["color"], "marker": "_", "linestyle": "none"}
                 axis.plot(time, 100 * pgd, **dash, markersize=7, markeredgewidth=1.4)
-                face = _HOLLOW if hollow else {"markeredgecolor": "white", "markeredgewidth": 0.4}
-                axis.plot(time, 100 * worst, **style, **face)
+                axis.plot(time, 100 * worst, **{**style, **point_face(hollow, style["color"])})
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(5))
@@ -77,11 +78,7 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
         title = f"{data}, {model}: ε {labels} (L∞)\n{len(means)} models × {span(group['n'])} images"
         axis.set_title(title, linespacing=1.35)
     figure.supylabel("robust accuracy (%)")
-    figure.suptitle(
-        "Worst case per sample (markers; bars: Wilson 95 % over images) and PGD alone (dashes)\n"
-        "hollow: a sanity check of the model failed",
-        linespacing=1.35,
-    )
+    figure.suptitle("Worst case per sample (markers; bars: Wilson 95 % over images) and PGD alone (dashes)")
     legend_below(figure, settings(rows), lines=False, rows=rows)
     return figure
 
@@ -95,7 +92,8 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
             pairs or more.
 
     Returns:
-        The figure: gains in percentage points at the decisive epsilons, on the same images.
+        The figure: gains in percentage points at the decisive epsilons, on the same images. Losses of which a model
+        fails a sanity check are hollow; a gain over one pair, which has no interval, is a diamond.
     """
     rows = comparators[comparators["gain_pgd"].notna()]
     pairs = groups(rows)
@@ -113,14 +111,11 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
         for position, setting in enumerate(shown):
             row = of_setting(group, setting).iloc[0]
             style = {"color": setting_style(*setting)["color"], "linestyle": "none"}
-            kinds: list[tuple[str, str, float, dict[str, Any]]] = [
-                ("gain_pgd", "s", -0.17, _PALE), ("gain_worst", "o", 0.17, {})
-            ]  # fmt: skip
-            for name, marker, offset, face in kinds:
+            style |= HOLLOW if has_failed(of_setting(group, setting)).any() else {}
+            for name, marker, offset, face in _GAINS:
                 y = position + offset
                 axis.hlines(y, 100 * row[f"{name}_low"], 100 * row[f"{name}_high"], color=style["color"], linewidth=1)
-                hollow = {"markerfacecolor": "white"} if row["n_pairs"] < 2 else {}
-                axis.plot(100 * row[name], y, marker=marker, **{**style, **face, **hollow})
+                axis.plot(100 * row[name], y, marker=ONE_PAIR if row["n_pairs"] < 2 else marker, **{**style, **face})
             names.append(f"{marked_label(group, setting)} (n = {int(row['n_pairs'])})")
         axis.axvline(0, color="0.35", linewidth=0.8)
         axis.set_yticks(range(len(shown)), names)
@@ -136,11 +131,13 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
         axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
     figure.suptitle(
         "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % t interval\n"
-        "hollow: one pair, without an interval; intervals of two pairs are cut at the edges"
+        "intervals of two pairs are cut at the edges"
     )
     handles = [
         Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", alpha=0.45),
         Line2D([], [], color="0.3", marker="o", linestyle="none", label="worst case L∞"),
+        *([one_pair_key()] if (rows["n_pairs"] < 2).any() else []),
+        *([failed_key()] if has_failed(rows).any() else []),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure

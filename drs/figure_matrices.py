@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from drs.figure_legends import failed_key, point_face
 from drs.figure_style import (
     CHANCE_COLOUR,
     IN_PANELS,
@@ -30,6 +31,7 @@ from drs.figure_style import (
     span,
     styled,
 )
+from drs.marks import has_failed
 from drs.verdicts import ALPHA
 
 LANDING_PANELS = ("fgsm", "pgd", "cw_torchattacks", "cw")
@@ -131,8 +133,10 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
         cells = of_setting(rows, setting)
         style = {**setting_style(*setting), "linestyle": "none"}
         offsets = np.linspace(-0.18, 0.18, len(cells)) if len(cells) > 1 else np.zeros(len(cells))
-        axis.plot(100 * cells["runner_up_rate"], position + offsets, **style, markersize=4, markeredgecolor="white",
-                  markeredgewidth=0.4)  # fmt: skip
+        failed = has_failed(cells).to_numpy(bool)
+        for hollow in sorted(set(failed.tolist())):
+            share, where = 100 * cells["runner_up_rate"][failed == hollow], position + offsets[failed == hollow]
+            axis.plot(share, where, **{**style, **point_face(hollow, style["color"]), "markersize": 4})
         axis.vlines(100 * cells["runner_up_rate"].mean(), position - 0.32, position + 0.32, color=style["color"])
     axis.axvline(100 * rows["chance"].mean(), color=CHANCE_COLOUR, linestyle=":", linewidth=1)
     axis.set_xlim(0, 105)
@@ -159,9 +163,9 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
 
     Returns:
         The figure. Top: share of flips (%) that go to the runner-up of the clean softmax, a row per loss and weight, a
-        point per model, a bar for the mean over seeds, the chance level dotted. Bottom: class-mean softmax and
-        post-attack confusion, for CE and one DR weight, with the mean over seeds of the correlation between their
-        off-diagonal cells.
+        point per model (hollow: it fails a sanity check), a bar for the mean over seeds, the chance level dotted.
+        Bottom: class-mean softmax and post-attack confusion, for CE and one DR weight, with the mean over seeds of the
+        correlation between their off-diagonal cells.
     """
     rows = of_group(landing_rows(landing, landing_matrices), data, model)
     stored = of_group(landing_matrices, data, model)
@@ -178,7 +182,8 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
         axis.set_xlabel("to the runner-up (%)")
     chance = Line2D([], [], color=CHANCE_COLOUR, linestyle=":", linewidth=1, label="chance, 1/(K−1)")
     mean = Line2D([], [], color="0.2", label="mean over seeds")
-    upper.legend(handles=[mean, chance], loc="outside lower center", ncols=2)
+    keys = [mean, chance, *([failed_key()] if has_failed(rows).any() else [])]
+    upper.legend(handles=keys, loc="outside lower center", ncols=len(keys))
     figure.suptitle(f"{data}, {model}: where successful attacks land")
     if not lower:
         return figure

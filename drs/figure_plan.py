@@ -142,8 +142,9 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
     if "gain_pgd" in gains and gains["gain_pgd"].notna().any():
         caption = (
             "Each loss against cross-entropy at the same seed, on the same images: gain under PGD (pale squares) and "
-            "under the worst case over all attacks (circles), with 95 % t intervals over pairs of seeds. What "
-            "lies between square and circle is lost to stronger attacks."
+            "under the worst case over all attacks (circles), with 95 % t intervals over pairs of seeds; a diamond "
+            "has one pair and no interval, a hollow point is a loss of which a model fails a sanity check. What lies "
+            "between square and circle is lost to stronger attacks."
         )
         plan.append(_planned("masking_gap", "", "", caption, partial(figure_cost.masking_gap, gains)))
     if figure_summary.summary_rows(gains, tables["timing"]):
@@ -151,8 +152,8 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
             "DR-softmax at the published weight, and trainings that are known to make models robust: gain over "
             "cross-entropy at the same seed under PGD (left) and under the worst case over all attacks (middle), on "
             "the same images, with 95 % t intervals over pairs of seeds; time of a training step against "
-            "cross-entropy's (right), with 95 % intervals. A hollow point has one seed and no interval; bars are cut "
-            "at the edges."
+            "cross-entropy's (right), with 95 % intervals. A diamond has one pair of seeds and no interval; a hollow "
+            "point is a loss of which a model fails a sanity check; bars are cut at the edges."
         )
         draw = partial(figure_summary.summary, gains, tables["timing"])
         plan.append(_planned("summary", "", "", caption, draw))

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from drs.figure_style import WIDTH, styled
+from drs.marks import MARK
 
 BEFORE, AFTER = "#56B4E9", "#D55E00"  # Okabe and Ito's (2008) sky blue and vermilion: light and dark in grey
 ROW_HEIGHT = 0.92  # inches
@@ -39,7 +40,11 @@ class AttackedSamples:
 
 @styled
 def draw_samples(
-    models: Mapping[str, AttackedSamples], *, epsilon: float, class_names: Sequence[str] | None = None
+    models: Mapping[str, AttackedSamples],
+    *,
+    epsilon: float,
+    class_names: Sequence[str] | None = None,
+    failed_checks: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Draw a row per sample, model by model.
 
@@ -51,6 +56,8 @@ def draw_samples(
         models: The samples of each model, under its name.
         epsilon: The bound of the attack in pixel units.
         class_names: Names of the K classes; their numbers by default.
+        failed_checks: Of models that fail sanity checks, the checks' names; such a model is marked, and a title says
+            what it fails.
 
     Returns:
         A figure of the text width.
@@ -61,6 +68,7 @@ def draw_samples(
     rows = [(name, samples, place) for name, samples in models.items() for place in range(len(samples))]
     if not rows:
         raise ValueError("no samples to draw")
+    failed = {name: checks for name, checks in (failed_checks or {}).items() if name in models and checks}
     names = list(class_names or map(str, range(rows[0][1].before.shape[1])))
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots(len(rows), 4, squeeze=False, width_ratios=[1, 1, 1, 3.2])
@@ -69,10 +77,14 @@ def draw_samples(
     for own, (name, samples, place) in zip(axes, rows, strict=True):
         _draw_images(own[:3], samples, place, epsilon)
         _draw_bars(own[3], samples, place, names)
-        own[0].set_ylabel(f"{name}\n{names[samples.labels[place]]}", rotation=0, ha="right", va="center")
+        marked = f"{name} {MARK}" if name in failed else name
+        own[0].set_ylabel(f"{marked}\n{names[samples.labels[place]]}", rotation=0, ha="right", va="center")
         found = int(samples.after[place].argmax())
         held = found == samples.labels[place]
         own[2].set_xlabel(f"still {names[found]}" if held else f"now {names[found]}", weight="bold", labelpad=2)
+    if failed:
+        told = "; ".join(f"{name} fails {', '.join(checks)}" for name, checks in failed.items())
+        figure.suptitle(f"{MARK} sanity checks: {told}")
     figure.legend(*axes[0, 3].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     for axis in axes[:-1, 3]:
         axis.set_xticklabels([])

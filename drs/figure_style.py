@@ -15,9 +15,9 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
+from drs.marks import MARK, has_failed
 from drs.verdicts import PRIMARY_WEIGHT
 
 Setting = tuple[str, float]  # (loss, loss_weight): what is repeated over seeds
@@ -85,6 +85,8 @@ _ATTACKS = {
     "transfer": "transfer",
     "noise": "random noise",
     "hop_skip_jump": "HopSkipJump",
+    "smallest_linf": "smallest L∞ found",
+    "smallest_l2": "smallest L2 found",
     "worst_linf": "worst case L∞",
     "worst_l2": "worst case L2",
 }
@@ -92,7 +94,6 @@ IN_PANELS = ("fgsm", "pgd", "cw_torchattacks", "cw", "margin_pgd", "targeted_pgd
 """Attacks that get a panel where a figure has one per attack; the others are in the tables."""
 MOST_SETTINGS = 20
 """How many losses and weights of a group a report lists; a sweep may have a hundred."""
-MARK = "†"  # after a setting of which a model fails a sanity check
 STATISTICS = {
     "nonlabel_var_log": "variance of log p over the non-label classes (nat²)",
     "nonlabel_std": "standard deviation of p over the non-label classes (probability)",
@@ -127,14 +128,6 @@ def marked_label(rows: pd.DataFrame, setting: Setting) -> str:
     """Name a setting, with a dagger if one of its models in ``rows`` fails a sanity check (``failed_checks``)."""
     own = of_setting(rows, setting)
     return setting_label(*setting) + (f" {MARK}" if has_failed(own).any() else "")
-
-
-def has_failed(rows: pd.DataFrame) -> "pd.Series[bool]":
-    """Say for every row whether its model, or one of its setting, fails a sanity check."""
-    if "failed_checks" not in rows:
-        return pd.Series(False, index=rows.index)
-    names = rows["failed_checks"].astype(object)
-    return names.notna() & (names.astype(str).str.strip() != "")
 
 
 def setting_style(loss: str, weight: float) -> dict[str, Any]:
@@ -283,28 +276,3 @@ def panels(number: int, *, columns: int = 3, height: float = 2.1, extra: float =
     for axis in axes[number:]:
         axis.set_axis_off()
     return figure, list(axes[:number])
-
-
-def legend_below(
-    figure: Figure, shown: Iterable[Setting], extra: Sequence[Line2D] = (), *, lines: bool, rows: pd.DataFrame
-) -> None:
-    """Put one legend for the whole figure under its panels, where it covers no data.
-
-    Args:
-        figure: Where to put it.
-        shown: The settings to name.
-        extra: Further handles.
-        lines: Whether the settings are drawn as lines.
-        rows: The rows drawn; a setting of which a model fails a sanity check gets a dagger.
-    """
-    handles = []
-    for loss, weight in shown:
-        style = setting_style(loss, weight)
-        if not lines:
-            style["linestyle"] = "none"
-        handles.append(Line2D([], [], label=marked_label(rows, (loss, weight)), **style))
-    handles += list(extra)
-    longest = max(len(str(handle.get_label())) for handle in handles)
-    fitting = max(1, int(WIDTH * 14 / (longest + 6)))
-    columns = -(-len(handles) // -(-len(handles) // fitting))  # rows of equal length
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.2)

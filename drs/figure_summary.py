@@ -1,13 +1,14 @@
 """The whole study in one figure: what PGD shows, what is left under the worst case, and what it costs."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from drs.figure_legends import HOLLOW, ONE_PAIR, failed_key, one_pair_key
 from drs.figure_style import (
     WIDTH,
     Setting,
@@ -21,6 +22,7 @@ from drs.figure_style import (
     shown_setting,
     styled,
 )
+from drs.marks import has_failed
 
 REFERENCE_TRAININGS = ("adversarial", "trades")
 ROW_HEIGHT = 0.3  # inches
@@ -56,22 +58,28 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
 
     Returns:
         The figure: gains in percentage points under PGD and under the worst case, on one scale, and the time of a
-        training step as a multiple of cross-entropy's.
+        training step as a multiple of cross-entropy's. Losses of which a model fails a sanity check are hollow; a gain
+        over one pair of seeds, which has no interval, is a diamond.
     """
     rows = summary_rows(comparators, timing)
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 1.25), layout="constrained")
     pgd, worst, cost = figure.subplots(1, 3, sharey=True, width_ratios=[1, 1, 0.8])
     names, gains = [], []
+    keys: dict[str, Line2D] = {}
     for position, (data, model, setting) in enumerate(rows):
-        row = of_setting(of_group(comparators, data, model), setting).iloc[0]
+        own = of_setting(of_group(comparators, data, model), setting)
+        row, failed = own.iloc[0], bool(has_failed(own).any())
         time = of_setting(of_group(timing, data, model), setting).iloc[0]
         colour = setting_style(*setting)["color"]
         for axis, name in zip((pgd, worst), GAINS, strict=True):
             values = [100 * float(row[column]) for column in (name, f"{name}_low", f"{name}_high")]
-            _point(axis, position, values, colour, f"{values[0] + 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0"))
+            text = f"{values[0] + 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0")
+            single = not np.isfinite(values).all()
+            _point(axis, position, values, colour, text, failed=failed)
+            keys |= ({"one": one_pair_key()} if single else {}) | ({"failed": failed_key()} if failed else {})
             gains += [value for value in values if abs(value) <= WIDEST]
         ratio = [float(time[name]) for name in ("ratio", "ci_low", "ci_high")]
-        _point(cost, position, ratio, colour, f"× {ratio[0]:.2f}")
+        _point(cost, position, ratio, colour, f"× {ratio[0]:.2f}", failed=failed)
         names.append(
             f"{data}, {model}: {marked_label(of_group(comparators, data, model), setting)} "
             f"({count(int(row['n_pairs']), 'seed')})"
@@ -91,15 +99,17 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
     cost.set_title("What it costs", weight="bold")
     for axis in (pgd, worst, cost):
         axis.grid(visible=False, axis="y")
+    if keys:
+        figure.legend(handles=list(keys.values()), loc="outside lower center", ncols=len(keys))
     return figure
 
 
-def _point(axis: Axes, position: int, values: Sequence[float], colour: str, text: str) -> None:
+def _point(axis: Axes, position: int, values: Sequence[float], colour: str, text: str, *, failed: bool) -> None:
     value, low, high = values
-    hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
-    if np.isfinite(low) and np.isfinite(high):
-        hollow = {}
+    bounded = np.isfinite(low) and np.isfinite(high)
+    if bounded:
         axis.hlines(position, low, high, color=colour, linewidth=1.6)
-    axis.plot(value, position, "o", color=colour, markersize=6, zorder=4, **hollow)
+    face = {**HOLLOW, "markeredgewidth": 1.4} if failed else {}
+    axis.plot(value, position, "o" if bounded else ONE_PAIR, color=colour, markersize=6, zorder=4, **face)
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of the line at no gain
     axis.annotate(text, (value, position), (0, 7), textcoords="offset points", ha="center", fontsize=7, bbox=clear)

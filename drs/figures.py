@@ -7,7 +7,6 @@ single models are shown; every panel says how many models, seeds or samples stan
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from drs.figure_legends import HOLLOW, legend_below, point_face
 from drs.figure_matrices import correlation_heatmap, where_attacks_land
 from drs.figure_style import (
     CHANCE_COLOUR,
@@ -30,7 +30,6 @@ from drs.figure_style import (
     has_failed,
     included,
     is_excluded,
-    legend_below,
     of_group,
     of_setting,
     panels,
@@ -84,7 +83,8 @@ def statistic_vs_accuracy(
         model: Architecture of the models drawn.
 
     Returns:
-        The figure: accuracy in % with Wilson's 95 % interval, excluded models as grey crosses.
+        The figure: accuracy in % with Wilson's 95 % interval, excluded models as grey crosses, models that fail a
+        sanity check hollow.
     """
     rows = of_group(models, data, model)
     columns = [name for name in rows.filter(regex=r"^acc\..*@mean$").columns if rows[name].notna().any()]
@@ -111,10 +111,8 @@ def statistic_vs_accuracy(
             style = {"color": EXCLUDED_COLOUR, "marker": "x"} if crossed else setting_style(*setting)
             low, high = 100 * wilson_interval(same["share"], same["n"])
             axis.vlines(same["value"], low, high, color=style["color"], linewidth=0.8, alpha=0.7)
-            edge: dict[str, Any] = {} if crossed else {"markeredgecolor": "white", "markeredgewidth": 0.4}
-            if hollow and not crossed:  # a sanity check of these models failed
-                edge = {"markerfacecolor": "white", "markeredgecolor": style["color"]}
-            axis.plot(same["value"], 100 * same["share"], **{**style, **edge, "linestyle": "none"})
+            face = {} if crossed else point_face(bool(hollow), style["color"])
+            axis.plot(same["value"], 100 * same["share"], **{**style, **face, "linestyle": "none"})
         axis.margins(x=0.08)
         if log:
             axis.set_xscale("log")
@@ -160,7 +158,7 @@ def _order(setting: Setting) -> float:
 
 def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbounded_at: float, alpha: float) -> None:
     spread = cells.groupby("epsilon")["robust_accuracy"].agg(["mean", "std", "size"]) * [100, 100, 1]
-    style = setting_style(*setting)
+    style = setting_style(*setting) | (HOLLOW if has_failed(cells).any() else {})
     finite = spread[np.isfinite(spread.index)]
     x = finite.index.to_numpy(float) * scale
     axis.plot(x, finite["mean"], **style, markersize=3.5, zorder=_order(setting))
@@ -259,7 +257,7 @@ def nonlabel_distribution(softmax_profile: pd.DataFrame) -> Figure:
         main = [("ce", 0.0), shown_setting(rows)]
         for setting in settings(rows):
             line = of_setting(rows, setting).sort_values("rank")
-            style = setting_style(*setting)
+            style = setting_style(*setting) | (HOLLOW if has_failed(line).any() else {})
             wide = setting in main
             axis.plot(
                 line["rank"],
@@ -305,8 +303,9 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     alpha = _band_alpha(len(settings(rows)))
     for axis, (column, label, scale) in zip(axes, kinds, strict=True):
         for setting in settings(rows):
-            epochs = of_setting(rows, setting).groupby("epoch")[column].agg(["mean", "std"]) * scale
-            style = setting_style(*setting)
+            own = of_setting(rows, setting)
+            epochs = own.groupby("epoch")[column].agg(["mean", "std"]) * scale
+            style = setting_style(*setting) | (HOLLOW if has_failed(own).any() else {})
             axis.plot(
                 epochs.index, epochs["mean"], **style, markersize=3 if len(epochs) <= 20 else 0, zorder=_order(setting)
             )

@@ -41,12 +41,21 @@ def load_test(config: DataConfig, n: int | None, device: torch.device) -> tuple[
 
 
 @torch.no_grad()
-def clean_logits(model: nn.Module, data: LabelledImages, source: str) -> tuple[torch.Tensor, int]:
-    """Return float32 logits ``[N, K]`` on the CPU and the batch size used; ``UserError`` where one is not finite."""
-    parts, size = in_batches(
-        lambda start, stop: predict(model, data.pixels(torch.arange(start, stop)), source).cpu(),
-        len(data), LOGIT_BATCH, source,
-    )  # fmt: skip
+def clean_logits(
+    model: nn.Module, data: LabelledImages, source: str, on_batch: Callable[[int], None] | None = None
+) -> tuple[torch.Tensor, int]:
+    """Return float32 logits ``[N, K]`` on the CPU and the batch size used; ``UserError`` where one is not finite.
+
+    ``on_batch`` is called with the number of samples just finished.
+    """
+
+    def predict_batch(start: int, stop: int) -> torch.Tensor:
+        logits = predict(model, data.pixels(torch.arange(start, stop)), source).cpu()
+        if on_batch is not None:
+            on_batch(stop - start)
+        return logits
+
+    parts, size = in_batches(predict_batch, len(data), LOGIT_BATCH, source)
     return torch.cat(parts), size
 
 
@@ -81,7 +90,11 @@ class Part:
 
 
 def fill_cell(
-    cell: Cell, model: nn.Module, device: torch.device, before_writing: Callable[[], None] | None = None
+    cell: Cell,
+    model: nn.Module,
+    device: torch.device,
+    before_writing: Callable[[], None] | None = None,
+    on_images: Callable[[Cell, int, int], None] | None = None,
 ) -> float:
     """Compute a cell and write its arrays; return the seconds it took.
 
@@ -91,7 +104,8 @@ def fill_cell(
     the logits and the distance with which the first of those fooled the model. The sanity checks add ``standing``
     ``[P, N]``, in the order of ``about["probes"]``, and ``gradient_norm``.
 
-    ``before_writing`` is called when all is computed; what it raises keeps the arrays from being written.
+    ``before_writing`` is called when all is computed; what it raises keeps the arrays from being written. ``on_images``
+    is called with the cell, how many of its images are done and how many are attacked, at first and after each batch.
 
     Where a GPU's memory ran out the batch was halved, and ``about["batch_halved"]`` says from what to what: random
     starts are drawn batch by batch and torchattacks' CW stops on the total over a batch, so that the same cell comes
@@ -100,7 +114,16 @@ def fill_cell(
     began = time.perf_counter()
     before = read_before(cell, device)
     count = int(before.standing.sum())
-    parts = [compute_part(cell, model, device, before.standing, 0, count)] if count else []
+    done = 0
+
+    def count_images(n: int) -> None:
+        nonlocal done
+        done += n
+        if on_images is not None:
+            on_images(cell, done, count)
+
+    count_images(0)
+    parts = [compute_part(cell, model, device, before.standing, 0, count, count_images)] if count else []
     return write_cell(cell, device, before, parts, began, before_writing)
 
 
@@ -121,11 +144,18 @@ def read_before(cell: Cell, device: torch.device) -> Before:
 
 
 def compute_part(
-    cell: Cell, model: nn.Module, device: torch.device, standing: np.ndarray, start: int, stop: int
+    cell: Cell,
+    model: nn.Module,
+    device: torch.device,
+    standing: np.ndarray,
+    start: int,
+    stop: int,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Part:
     """Compute a cell for those of its standing samples that are number ``start`` to ``stop`` of them.
 
-    Where ``start`` is the first sample of a batch, the part is what a computation of all would have there.
+    Where ``start`` is the first sample of a batch, the part is what a computation of all would have there. ``on_batch``
+    is called with the number of samples just finished.
     """
     data, _ = load_test(cell.train.data, cell.n, device)
     try:
@@ -136,6 +166,7 @@ def compute_part(
                 build_attack(cell.config, adaptive_objectives=cell.objectives, source=source),
                 model, data.pixels(chosen), data.labels[chosen],
                 epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=cell.config.seed + start,
+                on_batch=on_batch,
             )  # fmt: skip
             arrays = {"logits": outcome.logits.numpy(), "distance": outcome.distance.numpy()}
             return Part(arrays, outcome.batch_size)
@@ -143,7 +174,7 @@ def compute_part(
             probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config)
             arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
             return Part(arrays, probes.batch_size, tuple(probes.standing))
-        logits, size = clean_logits(model, data, "clean images")
+        logits, size = clean_logits(model, data, "clean images", on_batch)
         return Part({"logits": logits.numpy(), "distance": np.zeros(len(data))}, size)
     except DamagedFileError:
         raise

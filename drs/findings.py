@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from drs import evidence
+from drs.convergence import is_unconverged, missed_share
 from drs.correlation import Correlation, correlate, correlate_settings
 from drs.masking import MASKING_CHECKS, failing_share, masked_checks, paired_gains, survival
 from drs.paired import BASELINE
@@ -35,6 +36,14 @@ from drs.verdicts import (
 
 _STATISTIC = f"stat.{PRIMARY_STATISTIC}"
 _NAN = float("nan")
+_NORMS = {
+    "norm.smallest_l2": "smallest L2 found by any attack",
+    "norm.smallest_linf": "smallest Linf found by any attack",
+    "norm.cw": "L2 by CW",
+    "norm.fmn_l2": "L2 by FMN",
+    "norm.fmn_linf": "Linf by FMN",
+}
+"""The median minimal norms of paired_differences.csv, the ones that decide first."""
 _TIMING = ("ratio", "ci_low", "ci_high", "n_pairs", "baseline_ms", "loss_ms", "batch_size", "device")
 
 
@@ -48,6 +57,7 @@ class Group(NamedTuple):
     landing: pd.DataFrame
     worst_case: pd.DataFrame
     sanity: pd.DataFrame
+    norms: pd.DataFrame
     strong_suite: bool
 
 
@@ -144,6 +154,38 @@ def _correlation_claim(group: Group) -> Finding:
     return Finding(decision, shown.coefficient, shown.ci_low, shown.ci_high, shown.n, details)
 
 
+def _norms(found: dict[str, Difference], searches: pd.DataFrame) -> str:
+    """Return the changes in the median minimal norms; a search that saw fewer images than another says how many."""
+    most = searches["n"].max() if len(searches) else _NAN
+    parts = []
+    for column, name in _NORMS.items():
+        if column not in found:
+            continue
+        own = select(searches, attack=column.removeprefix("norm."))
+        subset = f" ({int(own['n'].min())} images)" if len(own) and own["n"].min() < most else ""
+        parts.append(f"{name}{subset} {evidence.with_interval(*found[column][1:], digits=4, sign=True)}")
+    if not parts:
+        return "not measured"
+    clash = [found[column] for column in ("norm.cw", "norm.fmn_l2") if column in found]
+    opposed = any(one.ci_low > 0 for one in clash) and any(one.ci_high < 0 for one in clash)
+    note = "; CW and FMN contradict each other, so that only the smallest norm found counts" if opposed else ""
+    return f"{', '.join(parts)} pixel units{note}"
+
+
+def _unconverged(searches: pd.DataFrame) -> str:
+    """Return which searches of cross-entropy and of the published weight miss images that another attack fells."""
+    kept = usable_models(searches) if len(searches) else searches
+    parts = []
+    for column, name in _NORMS.items():
+        for rows, loss in ((select(kept, loss=BASELINE), "cross-entropy"), (_setting(kept), "DR-softmax")):
+            own = select(rows, attack=column.removeprefix("norm."))
+            if len(own) and is_unconverged(own):
+                parts.append(f"{name} on {loss} ({evidence.number(100 * missed_share(own), 1)} % of the images)")
+    if not parts:
+        return ""
+    return f"not converged, an attack at a fixed radius fells images that it says need more: {', '.join(parts)}"
+
+
 def _robustness_claim(group: Group) -> Finding:
     rows = _setting(group.differences)
     if select(group.models, loss=BASELINE).empty:
@@ -165,19 +207,14 @@ def _robustness_claim(group: Group) -> Finding:
             return f"{NAMES[attack]} not measured"
         return f"{NAMES[attack]} {evidence.with_interval(*found[attack][1:], digits=1, scale=100, sign=True)}"
 
-    norms = [
-        f"{name} {evidence.with_interval(*found[column][1:], digits=4, sign=True)}"
-        for column, name in (("norm.cw", "L2 by CW"), ("norm.fmn_l2", "L2 by FMN"), ("norm.fmn_linf", "Linf by FMN"))
-        if column in found
-    ]
-    norm = f"{', '.join(norms)} pixel units" if norms else "not measured"
     shown = found.get(DECISIVE_WORST if group.strong_suite else DECISIVE_WEAK)
     n = shown.n if shown else max(difference.n for difference in found.values())
     listed = ", ".join(gain(attack) for attack in (*WEAK_ATTACKS, *WORST_CASES, "cw@mean", "clean"))
     where = "; worst cases at the decisive epsilons, the other attacks at all of theirs" if group.strong_suite else ""
     details = (
         f"change in points of accuracy over {pairs_of_seeds(n)}: {listed}{where}",
-        f"change in the median minimal norm: {norm}",
+        f"change in the median minimal norm: {_norms(found, group.norms)}",
+        _unconverged(group.norms),
     )
     return Finding(decision, *(shown[1:] if shown else (_NAN, _NAN, _NAN)), n, details)
 

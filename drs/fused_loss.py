@@ -20,6 +20,11 @@ FEW_ELEMENTS = 2**15
 """Logits of at most so many elements take the form of few calls."""
 
 
+def _reads_gradient(gradient: Tensor) -> bool:
+    """Return whether the host has the value of the incoming gradient at once; on an accelerator it would wait."""
+    return gradient.device.type == "cpu"
+
+
 def _again(eager: EagerLoss, logits: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient with respect to the logits in a form that can be differentiated again."""
     with torch.autocast(logits.device.type, enabled=False):
@@ -88,8 +93,7 @@ class _LossInFewPasses(Function):
         logits, deviations, mean, of_label, index = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(ctx.eager, logits, gradient), None, None, None, None
-        # On an accelerator, to read the incoming gradient would wait for the device.
-        factor = float(gradient) if gradient.device.type == "cpu" else gradient
+        factor = float(gradient) if _reads_gradient(gradient) else gradient
         ce_scale = ctx.ce_weight / len(logits) * factor
         result = torch.add(deviations, mean).exp_().mul_(ce_scale)
         if isinstance(factor, float):

@@ -15,7 +15,12 @@ MASKING_CHECKS = (
     "objective_gap", "logit_shift_and_scale", "zero_gradient", "square_not_stronger", "transfer_not_stronger",
     "noise_weaker", "unbounded_succeeds",
 )  # fmt: skip
-"""Checks whose failure means that the attack was misled by the model, rather than that it was too short."""
+"""Checks whose failure shows that an attack missed what another one found, or that gradients are exactly 0.
+
+It does not show why. ``objective_gap`` and ``logit_shift_and_scale`` compare attacks with the same steps and restarts
+(those on targets have them for each class), which still may be too few for one of the two; ``more_steps`` and
+``more_restarts``, which are not among these, say so of the margin alone.
+"""
 
 
 _ROUNDING = 1e-12  # of a mean of shares that is 0

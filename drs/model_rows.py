@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from drs.attack_config import AttackConfig
+from drs.attack_config import NORMS, AttackConfig
 from drs.attacks import is_bounded
 from drs.cells import CLEAN, Cell, standing_at
 from drs.config import TrainConfig, loss_label, loss_weight
+from drs.minimal_norms import median_norm, smallest_name, smallest_outcome
 from drs.statistics import STATISTICS, softmax_statistics
 from drs.suite_config import UNBOUNDED, Epsilon, SuiteConfig, decisive_epsilons, decisive_samples, suite_epsilons
 
@@ -74,9 +75,7 @@ def read_model(
         found, norm = arrays[cell.path], cell.config.norm
         bounds = [cell.epsilon]
         if not is_bounded(cell.config):
-            # Samples that the model gets wrong already need no perturbation: their distance is 0.
-            right = found["logits"].argmax(1) == found["labels"]
-            norms[cell.attack] = float(np.median(np.where(right, math.inf, found["distance"])))
+            norms[cell.attack] = median_norm(found)
             choose = decisive_epsilons if cell.config.decisive else suite_epsilons
             bounds = [*choose(suite, data, norm), UNBOUNDED]
         for epsilon in bounds:
@@ -86,7 +85,10 @@ def read_model(
             if math.isfinite(epsilon.value):
                 standing[norm, epsilon][cell.attack] = stands
     worst = []
-    for norm in ("linf", "l2"):
+    for norm in NORMS:
+        smallest = smallest_outcome(planned, arrays, norm)
+        if smallest is not None:
+            norms[smallest_name(norm)] = median_norm(smallest)
         for epsilon in decisive_epsilons(suite, data, norm):
             found_standing = standing.get((norm, epsilon), {})
             if not found_standing:

@@ -57,7 +57,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         **_commit(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
         "hardware": hardware(device),
     }
 
@@ -70,6 +70,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        **({"cuda": torch.version.cuda} if device.type == "cuda" else {}),
     }
 
 
@@ -82,7 +83,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return the version of an installed package, or ``not installed``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ import torch
 from drs.array_files import load_arrays_file, save_arrays
 from drs.attack_config import PGDConfig
 from drs.attacks import build_attack
-from drs.config import loss_label, project_path
+from drs.config import loss_label, project_path, run_id
 from drs.data import LabelledImages, load_test_split
 from drs.errors import UserError
 from drs.figure_samples import draw_samples
@@ -149,13 +149,25 @@ def _draw_pair(reference: Path, data: str, model: str) -> None:
     images = published_images(reference, data)
     few = images.first(N_DRAWN)
     attack = build_attack(PGDConfig("pgd", "linf", steps=40, relative_step_size=0.125, random_start=True))
-    samples = {}
+    samples, failed = {}, {}
     for loss in (BASELINE, PRIMARY_LOSS):
         run = RunFolder(reference / MODELS / f"{data}-{model}-{loss}")
         weight = run.config().loss.weight if loss == PRIMARY_LOSS else 0.0
         network = run.load_model(torch.device("cpu"))
-        samples[setting_label(loss, weight)] = attack_samples(network, few, attack, epsilon)
-    save_figure(draw_samples(samples, epsilon=epsilon), reference / MODELS, f"{data}-{model}-samples")
+        name = setting_label(loss, weight)
+        samples[name] = attack_samples(network, few, attack, epsilon)
+        failed[name] = _failed_checks(reference, run)
+    figure = draw_samples(samples, epsilon=epsilon, failed_checks=failed)
+    save_figure(figure, reference / MODELS, f"{data}-{model}-samples")
+
+
+def _failed_checks(reference: Path, run: RunFolder) -> list[str]:
+    """Return the sanity checks that a published model fails, as the study's table of models has them."""
+    models = read_tables(reference)["models"]
+    if "failed_checks" not in models:
+        return []
+    of_run = models.loc[models["run_id"] == run_id(run.config()), "failed_checks"]
+    return [name for names in of_run for name in str(names).split(";") if name]
 
 
 def _seal(models: Path) -> None:

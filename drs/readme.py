@@ -9,9 +9,10 @@ import pandas as pd
 
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
-from drs.figure_style import included, of_group, of_setting, setting_label, settings, span
+from drs.figure_style import included, marked_label, of_group, of_setting, settings, span
 from drs.files import atomic_write
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table, whole
+from drs.marks import MARK, has_failed
 from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
@@ -104,9 +105,19 @@ def accuracy_block(study_dir: Path) -> str:
         images = " / ".join(whole(number) for number in counts)
         primary = (group["loss"] == PRIMARY_LOSS) & (group["loss_weight"] == PRIMARY_WEIGHT)
         for name, part in (("CE", group[group["loss"] == "ce"]), (f"DR {PRIMARY_WEIGHT:g}", group[primary])):
-            cells = [group_name(data, model), name, str(len(part))]
+            mark = f" {MARK}" if has_failed(part).any() else ""
+            cells = [group_name(data, model), name + mark, str(len(part))]
             rows.append([*cells, images] + [_mean(part, column) for column in wanted.values()])
-    return table(["", "loss", "models", "images", *wanted], rows, align="llrl" + "r" * len(wanted))
+    text = table(["", "loss", "models", "images", *wanted], rows, align="llrl" + "r" * len(wanted))
+    return text + _mark_note(text, study_dir)
+
+
+def _mark_note(text: str, study_dir: Path) -> str:
+    """Say below a table what a dagger in it means, with a link to the checks."""
+    if MARK not in text:
+        return ""
+    link = _section_link(study_dir, "Sanity checks")
+    return f"\n\n{MARK} A model of this loss fails at least one of the {link}: some number about it cannot be trusted."
 
 
 def survival_block(study_dir: Path) -> str:
@@ -136,12 +147,13 @@ def survival_block(study_dir: Path) -> str:
             ]
             rows.append(
                 [f"{group_name(data, model)}, ε {bounds}, {span(mine['n'].astype(int))} images"]
-                + [setting_label(*setting), str(int(row["n_seeds"]))]
+                + [marked_label(group, setting), str(int(row["n_seeds"]))]
                 + [f"{percent(value)} %" for value in means]
                 + [*gains, _step(of_group(tables["timing"], str(data), str(model)), setting[0])]
             )
     headers = ["", "loss", "models", "clean", "PGD", "worst case", "gain, PGD", "gain, worst case", "step"]
-    return table(headers, rows, align="llr")
+    text = table(headers, rows, align="llr")
+    return text + _mark_note(text, study_dir)
 
 
 def _step(timing: pd.DataFrame, loss: str) -> str:
@@ -157,13 +169,14 @@ def questions_block(study_dir: Path) -> str:
     carried, combined = [], []
     for (data, model), group in read_tables(study_dir)["comparators"].groupby(["data", "model"], sort=False):
         where = group_name(str(data), str(model))
+        mark = f" {MARK}" if has_failed(of_setting(group, (PRIMARY_LOSS, PRIMARY_WEIGHT))).any() else ""
         for _, row in of_setting(group, (PRIMARY_LOSS, PRIMARY_WEIGHT)).iterrows():
             gains = [percent(row[name], sign=True) + _bounds(row, name) for name in ("gain_pgd", "gain_worst")]
             pairs = int(row["n_pairs"]) if pd.notna(row["n_pairs"]) else 0
-            carried.append(f"{where}: {gains[0]} points under PGD, {gains[1]} in the worst case, n = {pairs}")
+            carried.append(f"{where}{mark}: {gains[0]} points under PGD, {gains[1]} in the worst case, n = {pairs}")
         trained = [group[group["loss"] == name] for name in ("adversarial", f"adversarial+{PRIMARY_LOSS}")]
         if all(map(len, trained)):
-            combined.append(f"{where}: {'; '.join(_standing(rows.iloc[0]) for rows in trained)}")
+            combined.append(f"{where}: {'; '.join(_standing(rows) for rows in trained)}")
     masking, everything = "How much of the gain is masking", "All losses and procedures"
     answers = [
         ("Other data and architectures: gain at the published weight", carried, _section_link(study_dir, masking)),
@@ -175,16 +188,18 @@ def questions_block(study_dir: Path) -> str:
         ),
     ]
     cells = [[question, "<br>".join(lines) or NONE, link] for question, lines, link in answers]
-    return table(["question", "measured here", "evidence"], cells, align="l")
+    text = table(["question", "measured here", "evidence"], cells, align="l")
+    return text + _mark_note(text, study_dir)
 
 
 def _bounds(row: "pd.Series[Any]", name: str) -> str:
     return interval(*(percent(row[f"{name}_{end}"], sign=True) for end in ("low", "high")))
 
 
-def _standing(row: "pd.Series[Any]") -> str:
+def _standing(rows: pd.DataFrame) -> str:
+    row = rows.iloc[0]
     return (
-        f"{setting_label(str(row['loss']), float(row['loss_weight']))} {percent(row['mean.clean'])} % clean and "
+        f"{marked_label(rows, (str(row['loss']), float(row['loss_weight'])))} {percent(row['mean.clean'])} % clean and "
         f"{percent(row['mean.worst_linf'])} % in the worst case (n = {int(row['n_seeds'])})"
     )
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from drs.attack_config import AttackConfig
+from drs.attack_config import NORMS, AttackConfig
 from drs.cells import Cell, read_cells, recorded_weights
 from drs.config import fingerprint
 from drs.files import atomic_write, sha256_of
 from drs.landing import class_means, landing_row
+from drs.minimal_norms import norm_rows, smallest_name, smallest_outcome
 from drs.model_rows import describe, read_model
 from drs.runs import RunFolder
 from drs.sample_correlation import sample_correlation_rows
@@ -40,6 +41,7 @@ class Reduction:
         sanity: Of sanity.csv.
         landing: Of landing.csv.
         samples: Of sample_correlations.csv.
+        norms: Of minimal_norms.csv.
         matrices: Attack, epsilon label and the pair ``[2, K, K]`` of ``drs.landing.landing_row``, as lists.
         abouts: What each cell says about itself, by the name of its file.
     """
@@ -50,6 +52,7 @@ class Reduction:
     sanity: list[dict[str, Any]]
     landing: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    norms: list[dict[str, Any]]
     matrices: list[tuple[str, str, Any]]
     abouts: dict[str, dict[str, Any]]
 
@@ -160,9 +163,14 @@ def _reduce(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> Reductio
             matrices.append((cell.attack, label, pair))
         if cell.attack in MINIMAL_NORM:
             samples += [{"attack": cell.attack, **row} for row in sample_correlation_rows(clean, found)]
+    for norm in NORMS:
+        smallest = smallest_outcome(planned, arrays, norm)
+        if smallest is not None:
+            samples += [{"attack": smallest_name(norm), **row} for row in sample_correlation_rows(clean, smallest)]
+    norms = norm_rows(planned, arrays, suite)
     abouts = {path.name: json.loads(str(found["about"])) for path, found in arrays.items()}
     judged = sanity_rows(planned, arrays)
-    return Reduction(reading.row, reading.accuracy, reading.worst, judged, landing, samples, matrices, abouts)
+    return Reduction(reading.row, reading.accuracy, reading.worst, judged, landing, samples, norms, matrices, abouts)
 
 
 def _has_matrices(cell: Cell, suite: SuiteConfig) -> bool:

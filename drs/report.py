@@ -15,12 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
-from drs import report_checks, report_statistics, report_tables, report_text
+from drs import report_checks, report_losses, report_norms, report_statistics, report_tables, report_text
 from drs.errors import UserError
 from drs.figure_plan import KINDS, PlannedFigure, Tables, plan_figures
-from drs.figure_style import STYLE, has_failed
+from drs.figure_style import STYLE
 from drs.files import atomic_write
 from drs.markdown import escape
+from drs.marks import MARK_NOTE, has_failed, mark_failed_checks
 from drs.verdicts import RULES
 
 _KEYS = ["data", "model", "loss", "loss_weight"]
@@ -47,11 +48,14 @@ COLUMNS = {
         "q_value",
     ],
     "worst_case": [*_RUN, "norm", "epsilon", "epsilon_label", "n", "clean", "pgd", "worst", "excluded"],
-    "sanity": [*_RUN, "check", "figure", "threshold", "passed", "n", "excluded"],
+    "sanity": [*_RUN, "check", "figure", "threshold", "allowed", "passed", "n", "excluded"],
     "comparators": [*_KEYS, "n_seeds"],
     "partial_correlations": ["data", "model", "statistic", "attack", "controls", "n_models", "coefficient"],
     "granulated": ["data", "model", "statistic", "attack", "axis", "n_models", "n_pairs", "coefficient"],
     "sample_correlations": [*_RUN, "attack", "statistic", "n", "n_not_found", "coefficient", "excluded"],
+    "minimal_norms": [
+        *_RUN, "attack", "epsilon_label", "n", "median", "median_smallest", "n_fixed", "n_missed", "excluded",
+    ],
     "claims": ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model"],
 }  # fmt: skip
 FIGURES_A_WORKER = 6
@@ -83,26 +87,6 @@ def read_tables(study_dir: str | Path) -> Tables:
             raise UserError(f"{path} holds no model; train and evaluate one first")
         tables[name] = table
     return mark_failed_checks(tables)
-
-
-def mark_failed_checks(tables: Tables) -> Tables:
-    """Give every table of models or settings the column ``failed_checks`` of models.csv, where that has one.
-
-    A row of one model gets the model's, a row of a setting those of any of its models, joined by semicolons.
-    """
-    models = tables["models"]
-    if "failed_checks" not in models:
-        return tables
-    failed = models.assign(failed_checks=models["failed_checks"].astype(object).fillna("").astype(str))
-    of_model = failed.set_index("run_id")["failed_checks"]
-    of_setting = failed.groupby(_KEYS)["failed_checks"].agg(lambda names: ";".join(name for name in names if name))
-    for name, table in tables.items():
-        if "run_id" in table:
-            tables[name] = table.assign(failed_checks=table["run_id"].map(of_model).fillna(""))
-        elif set(_KEYS) <= set(table) and name != "comparators":
-            keys = pd.MultiIndex.from_frame(table[_KEYS].astype({"loss_weight": float}))
-            tables[name] = table.assign(failed_checks=of_setting.reindex(keys).fillna("").to_numpy())
-    return tables
 
 
 def draw_figures(study_dir: str | Path, kind: str | None = None, workers: int = 1) -> list[Path]:
@@ -208,7 +192,7 @@ def report_sections(tables: Tables, provenance: dict[str, Any]) -> list[Section]
     return [
         Section("Claims", report_text.claims_section(tables["claims"]), ("summary",)),
         Section("How the verdicts are decided", RULES.strip()),
-        Section("Models", report_tables.models_section(tables["models"])),
+        Section("Models", report_tables.models_section(tables["models"], tables["accuracy"])),
         Section("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"])),
         Section(
             "Correlations",
@@ -221,6 +205,7 @@ def report_sections(tables: Tables, provenance: dict[str, Any]) -> list[Section]
             "Statistics and minimal perturbations, sample by sample",
             report_statistics.sample_correlation_section(tables["sample_correlations"]),
         ),
+        Section("Minimal norms, and whether they converged", report_norms.norms_section(tables["minimal_norms"])),
         Section("Robust accuracy", report_tables.accuracy_section(tables["accuracy"]), ("epsilon_curves",)),
         Section("Sanity checks", report_checks.sanity_section(tables["sanity"])),
         Section(
@@ -230,17 +215,20 @@ def report_sections(tables: Tables, provenance: dict[str, Any]) -> list[Section]
         ),
         Section(
             "All losses and procedures",
-            report_checks.comparator_section(tables["comparators"]),
+            report_losses.comparator_section(tables["comparators"], tables["accuracy"]),
             ("robustness_against_time",),
         ),
-        Section("Differences to cross-entropy", report_tables.differences_section(tables["paired_differences"])),
+        Section(
+            "Differences to cross-entropy",
+            report_tables.differences_section(tables["paired_differences"], tables["accuracy"]),
+        ),
         Section(
             "Where attacks land",
             report_tables.landing_section(tables["landing"], tables["landing_matrices"]),
             ("where_attacks_land",),
         ),
         Section("Training and its time", report_tables.timing_section(tables["timing"]), ("training_curves",)),
-        Section("Attacks and how they are scored", report_text.scoring_section(provenance)),
+        Section("Attacks and how they are scored", report_text.scoring_section(provenance, tables)),
         Section("Limits of this study", report_text.limits_section(tables, strong)),
         Section("Provenance", report_text.provenance_section(provenance)),
     ]
@@ -266,7 +254,7 @@ def write_report(study_dir: str | Path, sections: list[Section] | None = None) -
     plan = plan_figures(tables)
     text = [f"# {escape(name)}: does the softmax distribution explain robustness?", report_text.summary(tables, strong)]
     if has_failed(tables["models"]).any():
-        text.append(report_checks.MARK_NOTE)
+        text.append(MARK_NOTE)
     for section in sections or report_sections(tables, provenance):
         text += [f"## {section.title}", section.body, *_embedded(study_dir, plan, section.kinds)]
     path = study_dir / "REPORT.md"

@@ -1,4 +1,4 @@
-"""The sections of REPORT.md on sanity checks, on what is left of a gain, and on all losses side by side."""
+"""The sections of REPORT.md on sanity checks and on what is left of a gain."""
 
 from typing import Any
 
@@ -6,23 +6,20 @@ import pandas as pd
 
 from drs.figure_style import (
     MARK,
-    attack_label,
     few_settings,
     groups,
     has_failed,
     included,
+    marked_label,
     not_shown,
     of_group,
     of_setting,
     setting_label,
 )
-from drs.markdown import NONE, escape, fixed, group_name, interval, percent, significant, table, whole
+from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table, whole
 from drs.sanity_checks import CHECKS
 
-MARK_NOTE = (
-    f"A loss marked {MARK} has a model that fails at least one sanity check, and a hollow marker in a figure is such a "
-    "model; the section on sanity checks says which."
-)
+TOO_FEW = "‡"  # after a figure that is one image, above the threshold
 
 
 def sanity_section(sanity: pd.DataFrame) -> str:
@@ -31,24 +28,41 @@ def sanity_section(sanity: pd.DataFrame) -> str:
         return "No sanity check was run: they belong to the `strong` suite."
     kept = included(sanity)
     sections = [
-        "Each model goes through these checks at its smallest decisive epsilon. A cell says how many models pass, out "
-        "of those for which the check was run, and the median figure in %; a single sample never fails a check. A "
-        "failed check does not make a model fragile: it says that some number about it cannot be trusted. Which model "
-        "fails what, by how much and on how many images is in tables/sanity.csv."
+        "Each model goes through these checks at its smallest decisive epsilon, on its first n images. A cell says how "
+        "many models pass, out of those for which the check was run, and the median figure in %. A check passes up to "
+        "its threshold, or with one image where that is more and the threshold is not 0: *at most* says which at this "
+        f"n. Where it is one image (marked {TOO_FEW}), n is too small to tell the threshold from one image, and a pass "
+        "says only that no more than one image was found. A failed check does not make a model fragile: it says that "
+        "some number about it cannot be trusted. Which model fails what, by how much and on how many images is in "
+        "tables/sanity.csv."
     ]
     for data, model in groups(kept):
         group = of_group(kept, data, model)
         shown = few_settings(group)
         rows = []
-        for name, check in CHECKS.items():
+        for name in CHECKS:
             cells = group[group["check"] == name]
-            rows.append([escape(name), f"{100 * check.threshold:g}", *(_passes(cells, one) for one in shown)])
-        headers = ["check", "at most (%)", *(escape(setting_label(*setting)) for setting in shown)]
-        sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lr"))
+            rows.append([escape(name), *_allowed(cells), *(_passes(cells, one) for one in shown)])
+        headers = ["check", "n", "at most (%)", *(escape(marked_label(group, setting)) for setting in shown)]
+        sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lrr"))
         sections.append(not_shown(group, "sanity"))
-    meanings = [[escape(name), escape(check.meaning)] for name, check in CHECKS.items()]
-    sections.append("### What is checked\n\n" + table(["check", "figure"], meanings, align="l"))
+    meanings = [[escape(name), escape(check.meaning), f"{100 * check.threshold:g}"] for name, check in CHECKS.items()]
+    sections.append("### What is checked\n\n" + table(["check", "figure", "threshold (%)"], meanings, align="llr"))
     return "\n\n".join(filter(None, sections))
+
+
+def _allowed(cells: pd.DataFrame) -> tuple[str, str]:
+    """Return on how many images a check of some models was run, and up to which figure in % it passes there."""
+    run = cells[cells["passed"].isin(["pass", "fail"])]
+    if run.empty:
+        return NONE, NONE
+    mark = f" {TOO_FEW}" if (run["allowed"] > run["threshold"]).any() else ""
+    return _span(run["n"], 0), _span(100 * run["allowed"], 1) + mark
+
+
+def _span(values: pd.Series, digits: int) -> str:
+    low, high = fixed(values.min(), digits), fixed(values.max(), digits)
+    return low if low == high else f"{low} to {high}"
 
 
 def _passes(cells: pd.DataFrame, setting: tuple[str, float]) -> str:
@@ -69,15 +83,6 @@ def _name(rows: pd.DataFrame, row: Any) -> str:
 def _in_order(group: pd.DataFrame) -> list[tuple[Any, pd.Series]]:
     """Return the rows of a group, of many some, in the order in which figures list their settings."""
     return [item for setting in few_settings(group) for item in of_setting(group, setting).iterrows()]
-
-
-def _with_sd(row: pd.Series, name: str, scale: float) -> str:
-    mean, sd = row.get(f"mean.{name}"), row.get(f"sd.{name}")
-    if mean is None or pd.isna(mean):
-        return NONE
-    if scale == 1:
-        return significant(mean) + ("" if pd.isna(sd) else f" ± {significant(sd)}")
-    return percent(mean) + ("" if pd.isna(sd) else f" ± {percent(sd)}")
 
 
 def _points(row: pd.Series, name: str) -> str:
@@ -116,33 +121,5 @@ def masking_section(comparators: pd.DataFrame) -> str:
             )
         headers = ["loss", "n pairs", "images", "PGD", "worst case L∞", "share left", "failed checks (models)"]
         sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lrrrrrl"))
-        sections.append(not_shown(group, "comparators"))
-    return "\n\n".join(filter(None, sections))
-
-
-def comparator_section(comparators: pd.DataFrame) -> str:
-    """Return every loss and procedure in one table per group."""
-    if comparators.empty or "mean.clean" not in comparators:
-        return "No model was evaluated."
-    sections = [
-        "Robust accuracy in % at the decisive epsilons, mean ± standard deviation over seeds. Attacks that ran only on "
-        "what others had left standing are not listed, since their rows are those of an ensemble; the worst case "
-        "contains them. Norms are medians over images in pixel units. AT and TRADES are adversarial training: what "
-        "robustness costs where it is trained for."
-    ]
-    names = ["clean", "fgsm", "pgd", "margin_pgd", "targeted_pgd", "transfer", "noise", "worst_linf", "worst_l2"]
-    for data, model in groups(comparators):
-        group = of_group(comparators, data, model)
-        columns = {attack_label(name): (name, 100.0) for name in names if f"mean.{name}" in group}
-        for name in ("fmn_linf", "fmn_l2", "cw"):
-            if f"mean.norm.{name}" in group:
-                columns[f"norm, {attack_label(name)}"] = (f"norm.{name}", 1.0)
-        columns["training (s)"] = ("train_seconds", 1.0)
-        columns = {label: own for label, own in columns.items() if group[f"mean.{own[0]}"].notna().any()}
-        rows = []
-        for index, row in _in_order(group):
-            cells = [_with_sd(row, name, scale) for name, scale in columns.values()]
-            rows.append([_name(group.loc[[index]], row), whole(row["n_seeds"]), *cells])
-        sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n seeds", *columns], rows))
         sections.append(not_shown(group, "comparators"))
     return "\n\n".join(filter(None, sections))

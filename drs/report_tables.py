@@ -33,31 +33,45 @@ from drs.markdown import (
     table,
     whole,
 )
+from drs.report_images import INTERVALS, MEDIANS, ImageCounts
 from drs.verdicts import PRIMARY_STATISTIC
 
 
-def models_section(models: pd.DataFrame) -> str:
-    """Return, per dataset and architecture, mean ± sd over seeds of each loss and weight."""
-    sections = ["Mean ± standard deviation over seeds, excluded models left out; attacks: mean over their epsilons."]
+def models_section(models: pd.DataFrame, accuracy: pd.DataFrame) -> str:
+    """Return, per dataset and architecture, mean ± sd over seeds of each loss and weight: accuracies, norms and time.
+
+    Args:
+        models: models.csv.
+        accuracy: accuracy.csv, for the number of images of each attack.
+    """
+    sections = [
+        "Mean ± standard deviation over seeds, excluded models left out; attacks: mean over their epsilons. "
+        f"{INTERVALS} {MEDIANS}"
+    ]
     for data, model in groups(models):
         group = included(of_group(models, data, model))
-        columns: dict[str, tuple[str, float, int | None]] = {"clean (%)": ("clean_accuracy", 100.0, 1)}
+        images = ImageCounts.of(included(of_group(accuracy, data, model)))
         names = [str(name) for name in group.columns if group[name].notna().any()]
-        accuracies = [name.removeprefix("acc.") for name in names if name.startswith("acc.") and name.endswith("@mean")]
-        for name in [name for name in attacks(accuracies) if name.removesuffix("@mean") in IN_PANELS]:
-            columns[f"{attack_label(name.removesuffix('@mean'))} (%)"] = (f"acc.{name}", 100.0, 1)
-        for name in names:
-            if name.startswith("norm."):
-                columns[f"median norm, {attack_label(name.removeprefix('norm.'))}"] = (name, 1.0, None)
-        columns["training (s)"] = ("train_seconds", 1.0, None)
+        shares = [name.removeprefix("acc.") for name in names if name.startswith("acc.") and name.endswith("@mean")]
+        shown = [name for name in map(_without_mean, attacks(shares)) if name in IN_PANELS]
+        norms = [name.removeprefix("norm.") for name in names if name.startswith("norm.")]
         rows = []
         for setting in few_settings(group):
             seeds = of_setting(group, setting)
-            cells = [mean_sd(seeds[name], scale=scale, digits=digits) for name, scale, digits in columns.values()]
+            cells = [mean_sd(seeds["clean_accuracy"], scale=100.0)]
+            cells += [images.share(seeds[f"acc.{name}@mean"], name) for name in shown]
+            cells += [images.norm(seeds[f"norm.{name}"], name) for name in norms]
+            cells.append(mean_sd(seeds["train_seconds"], digits=None))
             rows.append([escape(marked_label(group, setting)), str(seeds["seed"].nunique()), *cells])
-        body = table(["loss", "n seeds", *columns], rows) if rows else "Every model is excluded."
+        heads = ["clean (%)", *(images.title(f"{attack_label(name)} (%)", name) for name in shown)]
+        heads += [images.title(f"median norm, {attack_label(name)}", name) for name in norms]
+        body = table(["loss", "n seeds", *heads, "training (s)"], rows) if rows else "Every model is excluded."
         sections += [f"### {group_name(data, model)}\n\n{body}", not_shown(group, "models")]
     return "\n\n".join(filter(None, sections))
+
+
+def _without_mean(column: str) -> str:
+    return column.removesuffix("@mean")
 
 
 def accuracy_section(accuracy: pd.DataFrame) -> str:
@@ -65,10 +79,11 @@ def accuracy_section(accuracy: pd.DataFrame) -> str:
     sections = [
         "Robust accuracy in %, mean ± standard deviation over seeds; a clean error counts as a failure. An attack "
         "marked “and all above” ran on what the attacks of its norm above it had left standing, so its row is what is "
-        "left after all of them."
+        f"left after all of them. {INTERVALS}"
     ]
     for data, model in groups(accuracy):
         group = included(of_group(accuracy, data, model))
+        images = ImageCounts.of(group)
         shown = few_settings(group)
         rows = []
         cumulative = set(group.loc[group["cumulative"].astype(str) == "True", "attack"])
@@ -77,7 +92,7 @@ def accuracy_section(accuracy: pd.DataFrame) -> str:
             name = attack_label(attack) + (" (and all above)" if attack in cumulative else "")
             for label in cells.sort_values("epsilon")["epsilon_label"].drop_duplicates():
                 at = cells[cells["epsilon_label"] == label]
-                values = [mean_sd(of_setting(at, setting)["robust_accuracy"], scale=100.0) for setting in shown]
+                values = [images.share(of_setting(at, setting)["robust_accuracy"], attack) for setting in shown]
                 epsilon = "" if attack == "clean" else "∞" if label == "inf" else escape(label)
                 rows.append([name, epsilon, *values, span(at["n"])])
         headers = ["attack", "ε", *(escape(marked_label(group, setting)) for setting in shown), "n images"]
@@ -85,17 +100,25 @@ def accuracy_section(accuracy: pd.DataFrame) -> str:
     return "\n\n".join(filter(None, sections))
 
 
-def differences_section(differences: pd.DataFrame) -> str:
-    """Return the differences to CE, paired by seed: percentage points, and pixel units for a minimal norm."""
+def differences_section(differences: pd.DataFrame, accuracy: pd.DataFrame) -> str:
+    """Return the differences to CE, paired by seed: percentage points, and pixel units for a minimal norm.
+
+    Args:
+        differences: paired_differences.csv.
+        accuracy: accuracy.csv, for the number of images of each attack.
+    """
     short = differences[~differences["attack"].astype(str).str.contains(r"@(?!mean$)", regex=True)]
     if short.empty:
         return "No pair of models shares a seed with cross-entropy, so there is no paired difference."
     sections = [
         "Difference to cross-entropy at the same seed, mean and 95 % t interval over n pairs: percentage points of "
-        "accuracy, pixel units for a median minimal norm. Single epsilons are in tables/paired_differences.csv."
+        "accuracy, pixel units for a median minimal norm. The intervals are over seeds; an attack that saw fewer "
+        f"images than the worst case has their number n beside it. {MEDIANS} Single epsilons are in "
+        "tables/paired_differences.csv."
     ]
     for data, model in groups(short):
         group = of_group(short, data, model)
+        images = ImageCounts.of(included(of_group(accuracy, data, model)))
         kept = ("clean", "norm", *IN_PANELS)
         columns = [
             name for name in attacks(group["attack"].astype(str)) if name.partition("@")[0].partition(".")[0] in kept
@@ -108,6 +131,9 @@ def differences_section(differences: pd.DataFrame) -> str:
                 if name not in cells.index:
                     row.append(NONE)
                     continue
+                if name.startswith("norm.") and (instead := images.too_few(name.removeprefix("norm."))):
+                    row.append(instead)
+                    continue
                 values = [float(cells[key][name]) for key in ("difference", "ci_low", "ci_high")]
                 if name.startswith("norm."):
                     effect, low, high = (fixed(value, 3, sign=True) for value in values)
@@ -116,10 +142,10 @@ def differences_section(differences: pd.DataFrame) -> str:
                 row.append(effect + interval(low, high))
             rows.append(row)
         names = [
-            f"median norm, {attack_label(name.removeprefix('norm.'))}"
+            images.title(f"median norm, {attack_label(attack)}", attack)
             if name.startswith("norm.")
-            else attack_label(name.removesuffix("@mean"))
-            for name in columns
+            else images.title(attack_label(attack), attack)
+            for name, attack in ((name, name.removeprefix("norm.").removesuffix("@mean")) for name in columns)
         ]
         sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n pairs", *names], rows))
         sections.append(not_shown(group, "paired_differences"))

@@ -10,9 +10,11 @@ from drs.figure_style import (
     attack_label,
     attacks,
     count,
+    few_settings,
     groups,
     included,
     is_excluded,
+    marked_label,
     of_group,
     records,
     setting_label,
@@ -20,6 +22,7 @@ from drs.figure_style import (
     wilson_interval,
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, significant, table, whole
+from drs.marks import MARK
 
 MOST_RUNS = 50
 """How many single runs a list in the report has at most."""
@@ -31,6 +34,10 @@ and within epsilon. An exception inside an attack fails its cell; it is never sc
 sample over the attacks of the same norm: a sample counts only if it withstands all of them. Minimal norms are in pixel
 units; where an attack minimises a norm, robust accuracy at epsilon is the share of samples whose norm exceeds it."""
 
+_NO_TWIN = (
+    "a transfer attack takes its perturbations from the cross-entropy model of the same data, architecture and seed, "
+    "or for cross-entropy itself from one of another seed, and this study has none"
+)
 _POINTS, _RATIO, _COEFFICIENT, _SHARE = "points", "ratio", "ρ", "share"
 _EFFECTS = {"C1": _COEFFICIENT, "C2": _POINTS, "C3": _RATIO, "C4": _COEFFICIENT, "C5": _SHARE}
 
@@ -142,9 +149,9 @@ def _who(row: Any) -> list[str]:
     """Return group, loss and seed of a run, or its id where its config cannot be read."""
     if pd.isna(row.data):
         return [f"run {escape(str(row.run_id))}", NONE, NONE]
-    return [
-        group_name(row.data, row.model), escape(setting_label(str(row.loss), float(row.loss_weight))), whole(row.seed)
-    ]  # fmt: skip
+    failed = str(getattr(row, "failed_checks", ""))
+    label = setting_label(str(row.loss), float(row.loss_weight)) + (f" {MARK}" if failed else "")
+    return [group_name(row.data, row.model), escape(label), whole(row.seed)]
 
 
 def limits_section(tables: Tables, strong_suite: bool) -> str:
@@ -206,14 +213,20 @@ def _rows(values: dict[str, Any]) -> list[list[str]]:
     return [[escape(key), escape(_value(value))] for key, value in values.items()]
 
 
-def scoring_section(provenance: dict[str, Any]) -> str:
-    """Return how robust accuracy is scored and the parameters of every attack."""
+def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
+    """Return how robust accuracy is scored, the parameters of every attack, and which did not run for which models.
+
+    Args:
+        provenance: What provenance.json holds.
+        tables: models.csv and accuracy.csv, for what ran.
+    """
     parts = [_SCORING]
     if suites := provenance.get("suites"):
         parts.append(f"Suites: {escape(_value(suites))}.")
     if attacks := provenance.get("attacks"):
         rows = [[escape(attack_label(name)), escape(_value(values))] for name, values in attacks.items()]
         parts.append(table(["attack", "parameters"], rows, align="l"))
+        parts += _not_run(attacks, tables)
     if epsilons := provenance.get("epsilons"):
         parts.append(table(["data", "epsilons (pixel range 0 to 1)"], _rows(epsilons), align="l"))
     if decisive := provenance.get("decisive_epsilons"):
@@ -234,6 +247,26 @@ def scoring_section(provenance: dict[str, Any]) -> str:
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")
     return "\n\n".join(parts)
+
+
+def _not_run(attacks: dict[str, dict[str, Any]], tables: Tables) -> list[str]:
+    """Return a list of the attacks of a suite that did not run for some models, with the reason where it is known."""
+    models, accuracy = tables["models"], tables["accuracy"]
+    lines = []
+    for name, values in attacks.items():
+        seen = set(accuracy.loc[accuracy["attack"] == name, "run_id"])
+        for data, model in groups(models):
+            group = of_group(models, data, model)
+            without = group[~group["run_id"].isin(seen)]
+            if without.empty:
+                continue
+            which = ", ".join(escape(marked_label(without, setting)) for setting in few_settings(without))
+            why = f": {_NO_TWIN}" if values.get("kind") == "transfer" else ""
+            lines.append(
+                f"- {escape(attack_label(name))} did not run for {len(without)} of {count(len(group), 'model')} of "
+                f"{group_name(data, model)} ({which}){why}."
+            )
+    return ["Not every attack ran for every model:\n\n" + "\n".join(lines)] if lines else []
 
 
 def provenance_section(provenance: dict[str, Any]) -> str:

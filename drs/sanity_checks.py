@@ -1,6 +1,8 @@
 """The sanity checks by name: what the figure of each means and what it must not exceed. Imports no torch.
 
-Thresholds were fixed before a study was run.
+Thresholds were fixed before a study was run. A share over n samples moves in steps of 1/n, and one sample never fails
+a check that has a threshold above 0: up to ``allowed_figure`` it passes. Where 1/n is above the threshold, n is too
+small to tell the two apart, and a pass says less than the threshold would.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,11 @@ class Check:
 
     threshold: float
     meaning: str
+
+
+def allowed_figure(threshold: float, n: int) -> float:
+    """Return the largest figure with which a check passes over n samples: the threshold, or one sample if more."""
+    return max(threshold, 1 / n) if threshold and n else threshold
 
 
 CHECKS = {

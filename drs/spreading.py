@@ -23,13 +23,16 @@ from drs.runs import RunFolder
 
 @dataclass
 class _Open:
-    """A cell at work: what came before it, the batches that are not yet begun, and the parts that are there."""
+    """A cell at work: what came before it, the batches that are not yet begun, and the parts that are there;
+    how many samples there are, and how many are done."""
 
     cell: Cell
     before: Before
     began: float
     todo: list[tuple[int, int]]
+    count: int
     parts: dict[int, Part] = field(default_factory=dict)
+    done: int = 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -68,6 +71,7 @@ def fill_side_by_side(
     before_writing: Callable[[], None],
     when_begun: Callable[[Cell], None],
     when_done: Callable[[Cell, int], None],
+    on_images: Callable[[Cell, int, int], None],
 ) -> None:
     """Compute cells of one run in worker processes, as many batches at a time as there are workers.
 
@@ -80,6 +84,7 @@ def fill_side_by_side(
         before_writing: See ``drs.filling.fill_cell``.
         when_begun: Called with a cell before its first batch, and before what may fail.
         when_done: Called with every cell that is written, and with how many cells were computed for it.
+        on_images: See ``drs.filling.fill_cell``.
 
     Raises:
         UserError: As ``drs.filling.fill_cell``; what is running then is for the pool to end.
@@ -87,7 +92,7 @@ def fill_side_by_side(
     waiting = in_order_of_need(cells)
     unwritten = {cell.path for cell in cells}
     at_work: list[_Open] = []
-    running: dict[Future[Part], tuple[_Open, int]] = {}
+    running: dict[Future[Part], tuple[_Open, int, int]] = {}
 
     def finish(opened: _Open) -> None:
         at_work.remove(opened)
@@ -110,8 +115,10 @@ def fill_side_by_side(
                 unwritten.discard(cell.path)
                 when_done(cell, count)
                 return True
-            opened = _Open(cell, before, time.perf_counter(), batches_of(cell, int(before.standing.sum())))
+            count = int(before.standing.sum())
+            opened = _Open(cell, before, time.perf_counter(), batches_of(cell, count), count)
             at_work.append(opened)
+            on_images(cell, 0, count)
             if not opened.todo:
                 finish(opened)
             return True
@@ -126,11 +133,13 @@ def fill_side_by_side(
                 continue
             start, stop = opened.todo.pop(0)
             future = pool.submit(_compute, opened.cell, device, opened.before.standing, start, stop)
-            running[future] = opened, start
+            running[future] = opened, start, stop
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            opened, start = running.pop(future)
+            opened, start, stop = running.pop(future)
             when_begun(opened.cell)
             opened.parts[start] = future.result()
-            if not opened.todo and not any(other is opened for other, _ in running.values()):
+            opened.done += stop - start
+            on_images(opened.cell, opened.done, opened.count)
+            if not opened.todo and not any(other is opened for other, *_ in running.values()):
                 finish(opened)

@@ -148,6 +148,7 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEva
         strong_suite=config.suite.strong,
         worst_case=tables["worst_case"],
         sanity=tables["sanity"],
+        minimal_norms=tables["minimal_norms"],
     )
     write_tables(study, tables)
     train_seconds = busy_seconds(training_times(study))

@@ -53,11 +53,12 @@ class Epsilon:
 UNBOUNDED = Epsilon(math.inf, "inf")
 
 
-def parse_epsilon(text: object, norm: str, key: str) -> Epsilon:
+def parse_epsilon(text: object, norm: str, key: str, data: str | None = None) -> Epsilon:
     """Return the epsilon that a config writes as a number or a fraction such as ``8/255``.
 
     Raises:
-        UserError: Naming ``key`` and the value, unless it is above 0 and, for ``linf``, at most 1.
+        UserError: Naming ``key`` and the value, unless it is above 0 and at most what two images can be apart: 1 in
+            ``linf``; in ``l2`` sqrt(C*H*W), for which ``data`` must name a known data set.
     """
     try:
         value = float(Fraction(str(text).strip()))
@@ -67,8 +68,14 @@ def parse_epsilon(text: object, norm: str, key: str) -> Epsilon:
         raise UserError(f"{key}={text}: must be above 0")
     if norm == "linf" and value > 1:
         raise UserError(f"{key}={text}: must be at most 1; pixels lie in [0,1], so 8 of 255 grey levels is 8/255")
-    if norm == "l2" and value > 100:
-        raise UserError(f"{key}={text}: must be a Euclidean norm for pixels in [0,1], at most 100")
+    if norm == "l2" and data in DATASETS:
+        shape = (DATASETS[data].channels, DATASETS[data].size, DATASETS[data].size)
+        if value > math.sqrt(math.prod(shape)):
+            sides = "*".join(str(side) for side in shape)
+            raise UserError(
+                f"{key}={text}: must be at most sqrt({sides}) = {math.sqrt(math.prod(shape)):.4g}; no two images of "
+                f"{data}, with pixels in [0,1], are further apart in l2"
+            )
     return Epsilon(value, str(text).strip())
 
 
@@ -94,9 +101,11 @@ def decisive_epsilons(suite: SuiteConfig, data: str, norm: str) -> list[Epsilon]
 
 def _listed_epsilons(table: dict[str, Any], suite: SuiteConfig, data: str, norm: str, key: str) -> list[Epsilon]:
     listed = (table.get(data) or {}).get(norm)
+    if isinstance(listed, str | int | float):
+        raise UserError(f"{key}={listed}: must be a list of epsilons; write [{listed}]")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{key} is missing; list the epsilons that the {suite.name} suite uses on {data}")
-    return sorted((parse_epsilon(item, norm, key) for item in listed), key=lambda epsilon: epsilon.value)
+    return sorted((parse_epsilon(item, norm, key, data) for item in listed), key=lambda epsilon: epsilon.value)
 
 
 def suite_samples(suite: SuiteConfig, data: str) -> int:
@@ -129,6 +138,8 @@ def check_suite(suite: SuiteConfig) -> None:
             raise UserError(f"suite.n_decisive.{data}={count}: must be at least 1")
     for table, read in (("epsilons", suite_epsilons), ("decisive_epsilons", decisive_epsilons)):
         for data, norms in getattr(suite, table).items():
+            if not isinstance(norms, dict | None):
+                raise UserError(f"suite.{table}.{data}={norms}: must name norms, such as {{linf: [8/255]}}")
             for norm in norms or {}:
                 if norm not in NORMS:
                     raise UserError(f"suite.{table}.{data}.{norm}: unknown norm; it is one of {', '.join(NORMS)}")

@@ -16,6 +16,7 @@ from drs.config import TrainConfig, procedure_name
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 from drs.landing import mean_matrices
+from drs.marks import mark_failed_checks
 from drs.model_rows import describe
 from drs.run_failures import RunFailure
 from drs.runs import RunFolder, iterate_runs
@@ -44,7 +45,7 @@ def build_tables(
         DamagedFileError: If the file of a cell is not what was written.
     """
     abouts: dict[Path, dict[str, Any]] = {}
-    models, accuracy, worst, sanity, landing, samples, training = [], [], [], [], [], [], []
+    models, accuracy, worst, sanity, landing, samples, norms, training = [], [], [], [], [], [], [], []
     profiles: list[dict[str, Any]] = []
     matrices: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
     named_runs = [(describe(run.run_id, planned[0].train), run, planned) for run, planned in by_run(cells)]
@@ -66,6 +67,7 @@ def build_tables(
             sanity += [{**named, **item, **state} for item in reduced.sanity]
             landing += [{**named, **item, **state} for item in reduced.landing]
             samples += [{**named, **item, **state} for item in reduced.samples]
+            norms += [{**named, **item, **state} for item in reduced.norms]
             for attack, label, pair in reduced.matrices:
                 matrices[(*_group(named), attack, label)].append(np.array(pair, dtype=float))
             training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
@@ -76,6 +78,7 @@ def build_tables(
         "worst_case": _ordered(pd.DataFrame(worst, columns=WORST_COLUMNS)),
         "sanity": _ordered(pd.DataFrame(sanity, columns=SANITY_COLUMNS)),
         "sample_correlations": _ordered(pd.DataFrame(samples, columns=None if samples else SAMPLE_COLUMNS)),
+        "minimal_norms": _ordered(pd.DataFrame(norms, columns=NORM_COLUMNS)),
         "softmax_profile": pd.DataFrame(profiles),
         "landing": _ordered(pd.DataFrame(landing)),
         "landing_matrices": mean_matrices(_one_weight(matrices)),
@@ -91,10 +94,14 @@ WORST_COLUMNS = [
     "failed_checks",
 ]  # fmt: skip
 SANITY_COLUMNS = [
-    *_NAMES, "check", "figure", "threshold", "passed", "n", "epsilon_label", "detail", "excluded",
+    *_NAMES, "check", "figure", "threshold", "allowed", "passed", "n", "epsilon_label", "detail", "excluded",
 ]  # fmt: skip
 
 
+NORM_COLUMNS = [
+    *_NAMES, "attack", "norm", "epsilon", "epsilon_label", "n", "median", "median_smallest", "n_fixed", "n_missed",
+    "missed", "excluded",
+]  # fmt: skip
 SAMPLE_COLUMNS = [*_NAMES, "attack", "statistic", "n", "n_not_found", "coefficient", "excluded"]
 """Of a study without an attack that looks for the smallest perturbation; others have intervals besides."""
 
@@ -191,7 +198,10 @@ def busy_seconds(times: list[tuple[float, float]]) -> float:
 
 
 def write_tables(study: Path, tables: dict[str, pd.DataFrame]) -> None:
-    """Write each table to ``tables/<name>.csv`` of the study, whole or not at all."""
-    for name, table in tables.items():
+    """Write each table to ``tables/<name>.csv`` of the study, whole or not at all.
+
+    A row of one model or of one setting says which sanity checks fail (``drs.marks.mark_failed_checks``).
+    """
+    for name, table in mark_failed_checks(tables).items():
         with atomic_write(study / "tables" / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False)

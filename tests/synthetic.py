@@ -8,6 +8,7 @@ import pandas as pd
 
 from drs.comparators import comparator_table
 from drs.granulated import granulated_table
+from drs.marks import mark_failed_checks
 from drs.partial import partial_correlation_table
 
 STATISTICS = [
@@ -213,7 +214,7 @@ def _sanity(models: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
             figure = float(rng.uniform(0, 0.03))
             passed = "not run" if check.startswith("transfer") else "fail" if figure > 0.02 else "pass"
             rows.append({**{key: row[key] for key in KEYS}, "check": check, "figure": figure, "threshold": 0.02,
-                         "passed": passed, "n": 100, "epsilon_label": "0.1", "detail": "a sentence",
+                         "allowed": 0.02, "passed": passed, "n": 100, "epsilon_label": "0.1", "detail": "a sentence",
                          "excluded": row["excluded"]})  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -229,11 +230,26 @@ def _sample_correlations(models: pd.DataFrame, rng: np.random.Generator) -> pd.D
     return pd.DataFrame(rows)
 
 
+def _minimal_norms(models: pd.DataFrame) -> pd.DataFrame:
+    """CW, on 20 of the 100 images, misses a tenth of those of cross-entropy on MNIST, and otherwise none."""
+    rows = []
+    for row in models.to_dict("records"):
+        misses = row["loss"] == "ce" and row["data"] == "mnist"
+        label = GRID[row["data"], row["model"]][3][1]
+        rows.append({**{key: row[key] for key in KEYS}, "attack": "cw", "norm": "l2", "epsilon": _epsilon(label),
+                     "epsilon_label": label, "n": 20, "median": 1.5, "median_smallest": 1.25, "n_fixed": 20,
+                     "n_missed": 2 if misses else 0, "missed": 0.1 if misses else 0.0,
+                     "excluded": row["excluded"]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def with_failed_checks(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Let the models of DR-softmax at 0.005 fail a check, as models.csv tells it."""
+    """Let the models of DR-softmax at 0.005 fail a check, but one that passes, as every table of a study tells it."""
     models = tables["models"]
-    failed = np.where(np.isclose(models["loss_weight"], 0.005), "objective_gap", "")
-    return tables | {"models": models.assign(failed_checks=failed)}
+    fails = np.isclose(models["loss_weight"], 0.005) & (models["seed"] != 1)
+    models = models.assign(failed_checks=np.where(fails, "objective_gap", ""))
+    compared = comparator_table(models, tables["accuracy"], tables["worst_case"])
+    return mark_failed_checks(tables | {"models": models, "comparators": compared})
 
 
 PROVENANCE = {
@@ -267,6 +283,7 @@ def study_tables(seed: int = 0) -> dict[str, pd.DataFrame]:
         "comparators": comparator_table(models, accuracy, worst_case),
         "sanity": _sanity(models, rng),
         "sample_correlations": _sample_correlations(models, rng),
+        "minimal_norms": _minimal_norms(models),
         "partial_correlations": partial_correlation_table(models, n_bootstrap=50, n_permutations=49),
         "granulated": granulated_table(models, n_permutations=49),
         "accuracy": accuracy,

@@ -16,7 +16,7 @@ from drs.errors import UserError
 SIDE = 6
 FGSM = FGSMConfig("fgsm", "linf")
 PGD = PGDConfig("pgd", "linf")
-CW = CWConfig("cw", "l2", binary_search_steps=9, steps=400, step_size=0.005, abort_early=False)
+CW = CWConfig("cw", "l2", binary_search_steps=9, steps=400, step_sizes=[0.005], abort_early=False)
 CW_TORCHATTACKS = CWTorchattacksConfig("cw_torchattacks", "l2", c=10.0, steps=200, learning_rate=0.01)
 
 

@@ -112,13 +112,42 @@ def test_epsilon_is_a_number_or_a_fraction(text: object, norm: str, value: float
         (8, "linf", "8 of 255 grey levels is 8/255"),
         ("x", "l2", "a number"),
         ("1/0", "l2", "a number"),
-        (128, "l2", "at most 100"),
+        (8.1, "l2", r"key=8.1: must be at most sqrt\(1\*8\*8\) = 8"),
         ("nan", "linf", "a number"),
     ],
 )
 def test_bad_epsilon_is_refused(text: object, norm: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse_epsilon(text, norm, "key")
+        parse_epsilon(text, norm, "key", "digits")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("suite.epsilons.digits.l2=[50]", r"suite\.epsilons\.digits\.l2=50: must be at most sqrt\(1\*8\*8\) = 8;"),
+        (
+            "suite.epsilons.cifar10.l2=[56]",
+            r"suite\.epsilons\.cifar10\.l2=56: must be at most sqrt\(3\*32\*32\) = 55\.43;",
+        ),
+        ("suite.epsilons.digits.linf=8/255", r"suite\.epsilons\.digits\.linf=8/255: .* write \[8/255\]"),
+        ("suite.decisive_epsilons.digits.l2=0.5", r"suite\.decisive_epsilons\.digits\.l2=0\.5: .* write \[0\.5\]"),
+        ("suite.epsilons.digits.linf=[]", r"suite\.epsilons\.digits\.linf is missing"),
+        ("suite.epsilons.digits=8/255", r"suite\.epsilons\.digits=8/255: must name norms"),
+    ],
+)
+def test_epsilons_of_a_suite_are_refused_by_key_value_and_what_is_right(override: str, message: str) -> None:
+    register_plugins()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        composed = compose("evaluate", ["suite=strong", override])
+        with pytest.raises(UserError, match=message):
+            evaluate_config(composed)
+
+
+def test_the_way_out_of_the_targeted_attack_for_three_classes_composes() -> None:
+    register_plugins()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        suite = evaluate_config(compose("evaluate", ["suite=strong", "~suite.attacks.apgd_t"])).suite
+    assert "apgd_t" not in suite.attacks and "targeted_pgd" in suite.attacks
 
 
 def test_grid_is_a_union_of_products_and_arguments_win() -> None:

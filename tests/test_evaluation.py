@@ -27,8 +27,8 @@ from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
 
 TABLES = [
     "accuracy", "claims", "comparators", "correlations", "failures", "granulated", "landing", "landing_matrices",
-    "models", "paired_differences", "partial_correlations", "sample_correlations", "sanity", "softmax_profile",
-    "timing", "training", "worst_case",
+    "minimal_norms", "models", "paired_differences", "partial_correlations", "sample_correlations", "sanity",
+    "softmax_profile", "timing", "training", "worst_case",
 ]  # fmt: skip
 
 

@@ -1,15 +1,22 @@
 """The picture of single samples under attack, and what it is drawn from."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
+from drs import publication
 from drs.attack_config import PGDConfig
 from drs.attacks import build_attack
 from drs.data import LabelledImages
 from drs.errors import UserError
 from drs.figure_samples import AttackedSamples, draw_samples
+from drs.runs import RunFolder
 from drs.samples import attack_samples
 
 Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
@@ -51,3 +58,34 @@ def test_picture_says_what_became_of_each_sample(attacked: AttackedSamples) -> N
         np.testing.assert_allclose(heights, np.concatenate([attacked.before[place], attacked.after[place]]), atol=1e-6)
     with pytest.raises(ValueError, match="no samples"):
         draw_samples({}, epsilon=0.1)
+
+
+def test_picture_marks_the_models_that_fail_a_check(attacked: AttackedSamples) -> None:
+    failed = {"CE": [], "DR": ["objective_gap", "more_steps"], "GCE": ["zero_gradient"]}
+    figure = draw_samples({"CE": attacked, "DR": attacked}, epsilon=0.3, failed_checks=failed)
+    names = [own[0].get_ylabel().split("\n")[0] for own in np.array(figure.axes).reshape(8, 4)]
+    assert names == ["CE"] * 4 + ["DR †"] * 4
+    assert figure.get_suptitle() == "† sanity checks: DR fails objective_gap, more_steps"
+    passing = draw_samples({"CE": attacked}, epsilon=0.3, failed_checks={"CE": []})
+    assert passing.get_suptitle() == "" and passing.axes[0].get_ylabel().startswith("CE\n")
+
+
+def test_published_picture_marks_what_the_study_says_fails(
+    smoke_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, reference = smoke_results / "smoke", tmp_path / "reference"
+    shutil.copytree(study / "tables", reference / "tables")
+    chosen = publication.chosen_runs(study)
+    for name, run_id in chosen.items():
+        publication._copy_run(RunFolder(study / "runs" / run_id), reference / publication.MODELS / name)
+    models = pd.read_csv(reference / "tables" / "models.csv", dtype={"run_id": str})
+    failed = models["run_id"] == chosen["digits-mlp-dr_softmax"]
+    models.assign(failed_checks=np.where(failed, "objective_gap", "")).to_csv(reference / "tables" / "models.csv")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(publication, "save_figure", lambda figure, *_: drawn.append(figure))
+    publication._draw_pair(reference, "digits", "mlp")
+    names = {axis.get_ylabel().split("\n")[0] for axis in drawn[0].axes} - {""}
+    assert len(names) == 2 and "CE" in names
+    (ours,) = names - {"CE"}
+    assert ours.startswith("DR ") and ours.endswith(" †")
+    assert drawn[0].get_suptitle() == f"† sanity checks: {ours.removesuffix(' †')} fails objective_gap"

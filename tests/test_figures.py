@@ -11,9 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.stats import binomtest
-from synthetic import study_tables
+from synthetic import study_tables, with_failed_checks
 
 from drs.comparators import comparator_table
+from drs.figure_cost import masking_gap
 from drs.figure_plan import KINDS, plan_figures
 from drs.figure_style import (
     EXCLUDED_COLOUR,
@@ -41,6 +42,8 @@ from drs.figures import (
 
 TABLES = study_tables()
 PLAN = {figure.name: figure for figure in plan_figures(TABLES)}
+MARKED = {figure.name: figure for figure in plan_figures(with_failed_checks(TABLES))}
+NAMING = [name for name, figure in MARKED.items() if figure.kind != "correlation_heatmap" and "entropy" not in name]
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +145,8 @@ def test_summary_shows_both_gains_and_the_time_of_each_row(drawn: dict[str, Figu
             points = [line for line in axis.lines if line.get_marker() == "o" and line.get_ydata()[0] == position]
             assert [line.get_xdata()[0] for line in points] == [value]
     alone = TABLES["comparators"].assign(gain_pgd_low=np.nan, gain_pgd_high=np.nan)
-    hollow = [line.get_markerfacecolor() for line in summary(alone, TABLES["timing"]).axes[0].lines[: len(rows)]]
-    assert hollow == ["white"] * len(rows), "no interval is not an interval of no width"
+    markers = [line.get_marker() for line in summary(alone, TABLES["timing"]).axes[0].lines[: len(rows)]]
+    assert markers == ["D"] * len(rows), "no interval is not an interval of no width"
 
 
 def test_points_are_the_table(drawn: dict[str, Figure]) -> None:
@@ -177,6 +180,39 @@ def test_models_that_fail_a_check_are_hollow_and_the_artists_few_however_many_mo
         expected = np.repeat(100 * models["acc.fgsm@mean"].iloc[[1, 4]], copies)
         assert np.allclose(np.sort(heights), np.sort(expected))
     assert len(drawn[0].lines) == len(drawn[1].lines)
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_what_fails_a_check_is_marked_and_hollow_and_nothing_else_is(name: str) -> None:
+    figure = MARKED[name].draw()
+    words = _words(figure)
+    named = re.findall(r"\bDR 0\.005\b(?: †)?", words)
+    assert named and set(named) == {"DR 0.005 †"}
+    assert len(re.findall(r"(?<!DR 0\.005) †", words)) == 0, "the others pass"
+    assert "†, hollow: fails a check" in words
+    ours = setting_style("dr_softmax", 0.005)["color"]
+    drawn = [line for axis in figure.axes for line in axis.lines if line.get_marker() not in ("None", "", "_", "x")]
+    hollow = {line.get_color() for line in drawn if line.get_markerfacecolor() == "white"}
+    assert hollow == {ours}
+    full = [line for line in drawn if line.get_color() == ours and line.get_markerfacecolor() != "white"]
+    of_models = ("statistic_vs_accuracy", "robustness_against_time", "where_attacks_land")
+    assert bool(full) == name.startswith(of_models), "of the models, one passes; a setting is hollow as a whole"
+
+
+@pytest.mark.parametrize(("pairs", "failed"), [(1, ""), (1, "zero_gradient 1/1"), (4, ""), (4, "zero_gradient 1/4")])
+def test_one_pair_is_a_diamond_and_hollow_means_a_failed_check(pairs: int, failed: str) -> None:
+    rows = TABLES["comparators"].query("data == 'mnist' and loss_weight == 0.005")
+    rows = rows.assign(n_pairs=pairs, failed_checks=failed)
+    if pairs == 1:
+        rows = rows.assign(**{f"gain_{kind}_{end}": np.nan for kind in ("pgd", "worst") for end in ("low", "high")})
+    for figure in (masking_gap(rows), summary(rows, TABLES["timing"])):
+        points = [line for axis in figure.axes[:2] for line in axis.lines if line.get_marker() in ("o", "s", "D")]
+        assert len(points) == 2
+        assert all((line.get_marker() == "D") == (pairs == 1) for line in points)
+        assert all((line.get_markerfacecolor() == "white") == bool(failed) for line in points)
+        keys = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        assert ("one pair of seeds, no interval" in keys) == (pairs == 1)
+        assert ("†, hollow: fails a check" in keys) == bool(failed)
 
 
 def test_bars_are_wilson_intervals_of_the_attacked_images(drawn: dict[str, Figure]) -> None:

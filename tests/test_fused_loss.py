@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from test_losses import LargeTensors, random_case
 
-from drs.fused_loss import FEW_ELEMENTS
+from drs.fused_loss import FEW_ELEMENTS, _reads_gradient, fused_loss
 from drs.losses import DRSoftmaxLoss
 
 SWITCHES = list(itertools.product(["non_label", "all_classes"], ["sum", "mean"]))
 
 
-@pytest.fixture(autouse=True, params=["few calls", "few passes"])
+@pytest.fixture(autouse=True, params=["few calls", "few passes", "few passes, as on an accelerator"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Take one form of the loss whatever the size."""
-    monkeypatch.setattr("drs.fused_loss.FEW_ELEMENTS", 0 if request.param == "few passes" else 2**62)
+    """Take one form of the loss whatever the size, and of its gradient whatever the device."""
+    monkeypatch.setattr("drs.fused_loss.FEW_ELEMENTS", 2**62 if request.param == "few calls" else 0)
+    if request.param.endswith("accelerator"):
+        monkeypatch.setattr("drs.fused_loss._reads_gradient", lambda gradient: False)
     return str(request.param)
 
 
@@ -132,6 +134,21 @@ def test_backward_builds_no_more_large_tensors_than_that_of_cross_entropy() -> N
             torch.autograd.grad(value, logits)
         built.append(len(backward.storages))
     assert built[1] <= built[0]
+
+
+def test_an_accelerator_is_not_waited_for() -> None:
+    """A tensor on ``meta`` has no values, so that to read one is an error; an accelerator would be waited for."""
+    logits = torch.empty(5, 7, device="meta", requires_grad=True)
+    labels = torch.empty(5, dtype=torch.int64, device="meta")
+    eager = DRSoftmaxLoss().eager
+    value = fused_loss(logits, labels, ce_weight=1.7, weight=0.3, eager=lambda z: eager(z, labels))
+    assert value.grad_fn is not None and value.grad_fn.name().startswith("_LossInFew")
+    (-2.5 * value).backward()
+    assert logits.grad is not None and logits.grad.shape == (5, 7)
+
+
+def test_only_the_host_reads_the_gradient_at_once() -> None:
+    assert _reads_gradient(torch.ones(())) and not _reads_gradient(torch.ones((), device="meta"))
 
 
 def test_the_size_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from drs.attack_config import (
     ProjectedConfig,
     TargetedAPGDConfig,
     TargetedFABConfig,
+    TransferConfig,
 )
 from drs.attacks import build_attack, run_attack
 from drs.attacks.contract import check_model
@@ -72,7 +73,8 @@ def test_odd_but_valid_logits_pass(change: object) -> None:
 
 def test_targeted_dlr_names_how_many_classes_it_needs() -> None:
     model, images, labels = linear_problem(classes=3)
-    with pytest.raises(UserError, match="APGD-T .* at least 4 classes, but the model has 3"):
+    words = r"APGD-T .* at least 4 classes, but the model has 3: .* leave the attack out with '~suite\.attacks\.apgd_t'"
+    with pytest.raises(UserError, match=words):
         run_attack(build_attack(TargetedAPGDConfig("apgd_t", "linf")), model, images, labels, epsilon=0.01)
 
 
@@ -89,24 +91,47 @@ GRADIENT_ATTACKS = [
 ]
 
 
+class Broken(nn.Module):
+    """Right logits, and a gradient that is NaN wherever a pixel is looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits + (0 * images).sqrt().flatten(1).sum(1, keepdim=True)
+
+
 @pytest.mark.parametrize("config", GRADIENT_ATTACKS, ids=lambda config: f"{config.kind}-{config.norm}")
 def test_gradient_that_is_not_finite_is_refused_rather_than_robust(config: AttackConfig) -> None:
     """The sign of NaN is 0, so nothing would move, and every image would stand."""
-
-    class Broken(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, images: Tensor) -> Tensor:
-            logits: Tensor = self.model(images)
-            return logits + (0 * images).sqrt().flatten(1).sum(1, keepdim=True)
-
     model, images, labels = linear_problem(classes=4)
     with pytest.raises(UserError, match="gradient is not finite for 40 of 40 images"):
         run_attack(build_attack(config), Broken(model).eval(), images, labels, epsilon=0.1)
     run_attack(build_attack(config), model, images, labels, epsilon=0.1)
     assert not model._forward_pre_hooks, "the watch on the gradient was left behind"
+
+
+def test_transfer_refuses_a_source_whose_gradient_is_not_finite() -> None:
+    model, images, labels = linear_problem(classes=4)
+    config = TransferConfig("transfer", "linf", steps=3)
+    with pytest.raises(UserError, match="transfer's source model's gradient is not finite for 40 of 40 images"):
+        run_attack(build_attack(config, source=Broken(model).eval()), model, images, labels, epsilon=0.1)
+    run_attack(build_attack(config, source=model), Broken(model).eval(), images, labels, epsilon=0.1)
+    assert not model._forward_pre_hooks, "the caller's source is left as it was"
+
+
+@pytest.mark.parametrize(("norm", "largest"), [("linf", 1.0), ("l2", 5.0)])
+def test_epsilon_is_at_most_what_two_images_can_be_apart(norm: str, largest: float) -> None:
+    """Images of 25 values in [0,1] lie in a cube with a diagonal of 5."""
+    model, images, labels = linear_problem(classes=4)
+    images = images.flatten(1)[:, :25].reshape(-1, 1, 5, 5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 4)).eval()
+    attack = build_attack(ProjectedConfig("projected", norm, objectives=["margin"], steps=2))
+    run_attack(attack, model, images, labels, epsilon=largest)
+    with pytest.raises(UserError, match=f"epsilon={largest + 0.01}: must be at most"):
+        run_attack(attack, model, images, labels, epsilon=largest + 0.01)
 
 
 def test_attack_and_its_score_run_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

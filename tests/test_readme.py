@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from synthetic import study_tables, write_study
+from synthetic import study_tables, with_failed_checks, write_study
 
 from drs import readme
 from drs.config import PROJECT_ROOT
@@ -100,6 +100,33 @@ def test_gains_have_intervals_and_steps_their_time(tmp_path: Path) -> None:
     ]
     clean = models.query("data == 'mnist'")["n_clean"].min()
     assert f"| {' / '.join(str(int(number)) if number == number else '–' for number in (clean, *counts))} |" in first
+
+
+def test_a_setting_that_fails_a_check_is_marked_and_the_mark_explained(tmp_path: Path) -> None:
+    tables = study_tables()
+    losses = ("adversarial", "adversarial+dr_softmax")
+    for name in ("models", "worst_case"):
+        ours = tables[name].query("data == 'mnist' and loss_weight == 0.005")
+        more = [ours.assign(loss=loss, run_id=loss + ours["run_id"]) for loss in losses]
+        tables[name] = pd.concat([tables[name], *more], ignore_index=True)
+    passing, failing = (
+        write_study(tmp_path / name, whole)
+        for name, whole in (("passing", tables), ("failing", with_failed_checks(tables)))
+    )
+    rows = {}
+    for block in ("accuracy", "survival", "questions"):
+        assert "†" not in readme.BLOCKS[block](passing)
+        rows[block], *notes = readme.BLOCKS[block](failing).split("\n\n† ")
+        assert len(notes) == 1 and notes[0].startswith(
+            "A model of this loss fails at least one of the [sanity checks]("
+        )
+        assert notes[0].endswith("some number about it cannot be trusted.")
+    for block in ("accuracy", "survival"):
+        named = re.findall(r"\| ((?:CE|(?:AT \+ )?DR [0-9.]+)(?: †)?) \|", rows[block])
+        assert "DR 0.005 †" in named and "DR 0.005" not in named and "CE" in named and "CE †" not in named
+    assert re.search(r"mnist/lenet †: .+? points under PGD", rows["questions"]), rows["questions"]
+    assert "cifar10/smallcnn †: " in rows["questions"]
+    assert re.search(r"AT 0\.005 † .*AT \+ DR 0\.005 † ", rows["questions"])
 
 
 def test_files_that_the_readme_links_to_exist() -> None:

@@ -11,13 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import made_once
-from synthetic import PROVENANCE, study_tables, write_study
+from synthetic import PROVENANCE, study_tables, with_failed_checks, write_study
 
+from drs.comparators import comparator_table
+from drs.comparison import compare_with_reference
 from drs.errors import UserError
-from drs.figure_style import attack_label, setting_label
+from drs.figure_style import attack_label, setting_label, wilson_interval
 from drs.markdown import escape, probability
 from drs.report import draw_figures, plan_figures, read_tables, write_report
-from drs.report_text import failures_section
+from drs.report_losses import comparator_section
+from drs.report_tables import differences_section, models_section
+from drs.report_text import failures_section, scoring_section
+from drs.tables import write_tables
 from drs.verdicts import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -149,12 +154,14 @@ def test_models_table_holds_the_tables_means(text: str, number: int) -> None:
         assert cells["loss"] == setting_label("dr_softmax" if weight else "ce", weight)
         assert cells["n seeds"] == str(len(seeds))
         expected = {"clean (%)": 100 * seeds["clean_accuracy"], "training (s)": seeds["train_seconds"]}
-        expected["median norm, CW"] = seeds["norm.cw"]
+        expected["median norm, CW, n = 100"] = seeds["norm.cw"]
         for attack in ("fgsm", "pgd", "cw_torchattacks", "cw", "worst_linf", "worst_l2"):
-            expected[f"{attack_label(attack)} (%)"] = 100 * seeds[f"acc.{attack}@mean"]
+            few = ", n = 100" if attack in ("cw", "worst_l2") else ""
+            expected[f"{attack_label(attack)} (%){few}"] = 100 * seeds[f"acc.{attack}@mean"]
         assert set(cells) == {"loss", "n seeds", *expected}
         for name, values in expected.items():
-            mean, spread = cells[name].split(" ± ")
+            mean, spread, *bounds = re.split(r" ± | \[", cells[name])
+            assert (len(bounds) > 0) == ("(%), n = 100" in name), "an interval over images is for few of them"
             assert float(mean) == pytest.approx(values.mean(), abs=0.051)
             assert float(spread) == pytest.approx(values.std(), abs=0.051)
 
@@ -170,7 +177,11 @@ def test_accuracy_table_holds_every_cell(text: str) -> None:
             row = seen[attack_label(attack), epsilon]
             means = 100 * group.groupby("loss_weight")["robust_accuracy"].mean()
             assert np.allclose([_number(cell) for cell in row[2:-1]], means, atol=0.0501)
-            assert row[-1] == str(group["n"].iloc[0])
+            n = int(group["n"].iloc[0])
+            assert row[-1] == str(n)
+            bounds = [re.findall(r"\[(\d+),\s(\d+)\]", cell) for cell in row[2:-1]]
+            wilson = [[tuple(f"{end:.0f}" for end in 100 * wilson_interval([m / 100], n)[:, 0])] for m in means]
+            assert bounds == (wilson if n < 1000 else [[]] * len(means)), (attack, label)
 
 
 def test_differences_hold_points_and_norms(text: str) -> None:
@@ -178,7 +189,8 @@ def test_differences_hold_points_and_norms(text: str) -> None:
     at = TABLES["paired_differences"].query("data == 'mnist' and loss_weight == 0.005").set_index("attack")
     row = dict(zip(header, next(row for row in rows if row[0] == "DR 0.005"), strict=True))
     assert _number(row["PGD"]) == pytest.approx(100 * at["difference"]["pgd@mean"], abs=0.0501)
-    assert _number(row["median norm, CW"]) == pytest.approx(at["difference"]["norm.cw"], abs=0.000501)
+    assert "CW (torchattacks)" in row and "CW, n = 100" in row, "100 images are fewer than the worst case has"
+    assert _number(row["median norm, CW, n = 100"]) == pytest.approx(at["difference"]["norm.cw"], abs=0.000501)
     low, high = row["clean"].split("[")[1].rstrip("]").replace("−", "-").split(", ")
     assert (float(low), float(high)) == pytest.approx(tuple(100 * at.loc["clean", ["ci_low", "ci_high"]]), abs=0.0501)
     assert row["n pairs"] == "4"
@@ -247,6 +259,122 @@ def test_a_sweep_over_many_weights_is_listed_in_part_with_a_pointer_to_the_whole
         shown = {cell.removesuffix(" †") for part in _tables(section) for row in part for cell in row}
         assert {cell for cell in shown if re.fullmatch(r"CE|DR [0-9.]+", cell)} == few
     write_report(study)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The report of a study of which a setting, DR-softmax at 0.005, has models that fail a check."""
+    study = write_study(tmp_path_factory.mktemp("marked") / "tiny", with_failed_checks(TABLES))
+    return write_report(study).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Models", "Statistics and minimal perturbations, sample by sample", "Robust accuracy", "Sanity checks",
+        "How much of the gain is masking", "All losses and procedures", "Differences to cross-entropy",
+        "Where attacks land", "Training and its time", "Minimal norms, and whether they converged",
+    ],
+)  # fmt: skip
+def test_a_setting_that_fails_a_check_is_marked_wherever_it_is_named(marked: str, text: str, title: str) -> None:
+    names = [cell for part in _tables(_section(marked, title)) for row in part for cell in row]
+    names = [cell for cell in names if re.fullmatch(r"(CE|DR [0-9.]+)( †)?", cell)]
+    assert "DR 0.005 †" in names and "DR 0.005" not in names
+    assert {cell for cell in names if "†" in cell} == {"DR 0.005 †"}, "the others pass"
+    assert "†" not in _section(text, title)
+
+
+def test_the_mark_is_explained_on_top_of_the_report(marked: str, text: str) -> None:
+    assert "A loss marked † has a model that fails at least one sanity check." in marked.split("\n## ")[0]
+    assert "a hollow marker is such a model" in marked.split("\n## ")[0]
+    assert "†" not in text.split("\n## ")[0]
+
+
+def test_an_excluded_model_that_fails_a_check_is_marked() -> None:
+    models = TABLES["models"].assign(failed_checks=lambda rows: np.where(rows["excluded"].isna(), "", "more_steps"))
+    excluded = _tables(failures_section(TABLES["failures"], models))[1]
+    assert [row[1] for row in excluded[1:]] == ["DR 0.05 †"]
+
+
+def test_every_table_of_models_or_settings_says_which_checks_fail(tmp_path: Path) -> None:
+    models = with_failed_checks(TABLES)["models"]
+    write_tables(tmp_path, TABLES | {"models": models})
+    seen = set()
+    for name, whole in TABLES.items():
+        if name in ("failures", "comparators") or "loss_weight" not in whole:
+            continue
+        table = pd.read_csv(tmp_path / "tables" / f"{name}.csv", keep_default_na=False)
+        ours = np.isclose(table["loss_weight"], 0.005)
+        assert set(table.loc[~ours, "failed_checks"]) == {""} or ours.all()
+        if "run_id" in table:
+            assert set(table.loc[ours & (table["seed"] != 1), "failed_checks"]) == {"objective_gap"}
+            assert set(table.loc[ours & (table["seed"] == 1), "failed_checks"]) == {""}
+        else:
+            wanted = table["data"].map({"mnist": "objective_gap 3/4", "cifar10": "objective_gap 2/3"})
+            assert (table["failed_checks"] == wanted)[ours].all()
+        seen.add(name)
+    assert seen >= {
+        "models", "accuracy", "worst_case", "sanity", "sample_correlations", "landing", "training", "timing",
+        "softmax_profile", "paired_differences", "minimal_norms",
+    }  # fmt: skip
+    compared = compare_with_reference(tmp_path, write_study(tmp_path / "before", TABLES))
+    assert set(compared["status"]) == {"agrees", "information"}, "further columns are no difference"
+
+
+def test_median_norms_of_few_images_are_not_printed() -> None:
+    accuracy = TABLES["accuracy"].assign(n=lambda rows: rows["n"].mask(rows["attack"] == "cw", 9))
+    models, differences, comparators = (TABLES[name] for name in ("models", "paired_differences", "comparators"))
+    for section in (
+        models_section(models, accuracy), differences_section(differences, accuracy),
+        comparator_section(comparators, accuracy),
+    ):  # fmt: skip
+        assert "fewer than 10 images is not printed" in section
+        columns = [
+            {row[part[0].index(head)] for row in part[1:]}
+            for part in _tables(section) for head in part[0] if re.search(r"norm, CW, n = 9", head)
+        ]  # fmt: skip
+        assert columns == [{"n = 9"}] * 2
+
+
+def test_every_attack_that_decides_is_among_those_of_all_losses_with_its_n() -> None:
+    pgd = TABLES["accuracy"].query("attack == 'pgd'")
+    more = [
+        pgd.assign(attack=name, n=n, cumulative=cumulative)
+        for name, n, cumulative in (
+            ("margin_pgd", 1000, False), ("apgd_ce", 1000, True), ("adaptive", 1000, True), ("apgd_t", 16, True),
+            ("fab_t", 16, True), ("square", 16, True), ("hop_skip_jump", 2, False),
+        )
+    ]  # fmt: skip
+    accuracy = pd.concat([TABLES["accuracy"], *more])
+    section = comparator_section(comparator_table(TABLES["models"], accuracy, TABLES["worst_case"]), accuracy)
+    parts = dict(part.split("\n", 1) for part in section.split("\n#### ")[1:][:4])
+    heads = {title: _tables(body)[0][0][2:] for title, body in parts.items()}
+    assert heads == {
+        "L∞, each attack on its own":
+        ["clean", "FGSM", "PGD", "margin PGD", "HopSkipJump, n = 2", "worst case L∞"],
+        "L∞, one attack after another":
+        ["APGD-CE", "adaptive", "APGD-T, n = 16", "FAB-T, n = 16", "Square, n = 16", "worst case L∞"],
+        "L2, each attack on its own": ["clean", "CW (torchattacks)", "CW, n = 100", "worst case L2, n = 100"],
+        "Minimal norms and time": ["norm, CW, n = 100", "training (s)"],
+    }  # fmt: skip
+    for body in parts.values():
+        head, *rows = _tables(body)[0]
+        for row in rows:
+            for name, cell in zip(head, row, strict=True):
+                assert ("[" in cell) == ("n = " in name and not name.startswith("norm")), (name, cell)
+
+
+def test_report_says_which_attack_did_not_run_for_which_models() -> None:
+    provenance = {"attacks": {"pgd": {"kind": "pgd"}, "transfer": {"kind": "transfer"}}}
+    pgd = TABLES["accuracy"].query("attack == 'pgd'")
+    assert "did not run" not in scoring_section({"attacks": {"pgd": {"kind": "pgd"}}}, TABLES)
+    some = pgd[(pgd["data"] != "mnist") | (pgd["loss"] != "ce")].assign(attack="transfer")
+    section = scoring_section(provenance, TABLES | {"accuracy": pd.concat([pgd, some])})
+    (line,) = re.findall(r"^- .*did not run.*$", section, re.MULTILINE)
+    assert line.startswith("- transfer did not run for 4 of 24 models of mnist/lenet (CE): a transfer attack takes")
+    assert "cross-entropy model of the same data, architecture and seed" in line
+    none = scoring_section(provenance, TABLES | {"accuracy": pgd})
+    assert "did not run for 24 of 24 models of mnist/lenet" in none and "for 9 of 9 models of cifar10" in none
 
 
 def test_long_lists_of_runs_are_cut_and_counted(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

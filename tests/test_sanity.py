@@ -2,21 +2,29 @@
 
 import functools
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import compose_train
 from hydra import compose, initialize_config_dir
+from torch import nn
 
 from drs.array_files import load_arrays_file
 from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
-from drs.attacks import build_attack, run_attack
+from drs.attacks import build_attack, probes, run_attack
+from drs.attacks.projected import ProjectedAttack
 from drs.cells import Cell, find_twin, plan_cells, standing_at
 from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config
+from drs.data import LabelledImages
 from drs.filling import fill_cell, load_test
 from drs.model_rows import read_model, worst_case
+from drs.report_checks import sanity_section
 from drs.runs import RunFolder, run_folder
 from drs.sanity import failed_checks, sanity_rows
 from drs.sanity_checks import CHECKS
@@ -42,16 +50,16 @@ def arrays(standing: np.ndarray, **more: np.ndarray) -> dict[str, np.ndarray]:
     return {"logits": logits, "labels": np.zeros(len(standing), int), "distance": distance, **more}
 
 
-PROBES = ["clean", "epsilon_0", "ce", "ce_last", "margin", "targeted", "more_steps", "more_restarts", "scaled_0.1",
-          "scaled_10", "normalised", "shifted", "large", "unbounded"]  # fmt: skip
+PROBES = ["clean", "epsilon_0", "ce", "ce_best", "ce_last", "margin", "targeted", "more_steps", "more_restarts",
+          "scaled_0.1", "scaled_10", "normalised", "shifted", "large", "unbounded"]  # fmt: skip
 
 
 def judged(
-    probes: dict[str, int] | None = None, gradients: float = 1.0, **attacks: np.ndarray
-) -> dict[str, dict[str, object]]:
+    probes: dict[str, int] | None = None, gradients: float = 1.0, names: list[str] = PROBES, **attacks: np.ndarray
+) -> dict[str, dict[str, Any]]:
     """Judge a made-up model: a probe leaves as many of the first samples standing as it says."""
     counts = {"clean": N, "epsilon_0": N, "large": 5, "unbounded": 0} | (probes or {})
-    standing = np.stack([np.arange(N) < counts.get(name, 40) for name in PROBES])
+    standing = np.stack([np.arange(N) < counts.get(name, 40) for name in names])
     run, config = RunFolder(Path("run")), compose_train("data=digits", "model=mlp")
 
     def cell(name: str, settings: object, epsilon: Epsilon = EPSILON, after: tuple[Cell, ...] = ()) -> Cell:
@@ -69,7 +77,7 @@ def judged(
     planned.append(cell("sanity", SanityConfig()))
     found[planned[-1].path] = {
         "standing": standing, "gradient_norm": np.where(np.arange(N) < 50, gradients, 1.0),
-        "about": np.array(json.dumps({"probes": PROBES})),
+        "about": np.array(json.dumps({"probes": names})),
     }  # fmt: skip
     return {row["check"]: row for row in sanity_rows(planned, found)}
 
@@ -113,6 +121,60 @@ def test_a_better_first_attack_is_no_failure_and_one_sample_never_is() -> None:
     assert judged({"more_steps": 39})["more_steps"]["passed"] == "pass"
     assert judged({"more_steps": 38})["more_steps"]["passed"] == "fail"
     assert judged({"epsilon_0": 99})["eps0_equals_clean"]["passed"] == "fail", "predictions must not move at all"
+
+
+@pytest.mark.parametrize(("steps", "clean"), [(40, N), (39, N), (38, N), (36, 40)])
+def test_a_check_passes_up_to_what_it_allows_and_no_further(steps: int, clean: int) -> None:
+    rows = judged({"more_steps": steps, "clean": clean, "epsilon_0": clean}, gradients=0.0)
+    for row in rows.values():
+        passed = "not run" if not row["n"] else "pass" if row["figure"] <= row["allowed"] + 1e-9 else "fail"
+        assert row["passed"] == passed, row
+    allowed = {name: row["allowed"] for name, row in rows.items()}
+    assert allowed["more_steps"] == pytest.approx(0.01), "one of 100 samples is more than the threshold of 0.005"
+    assert allowed["objective_gap"] == pytest.approx(0.02), "the threshold is more than one sample"
+    assert allowed["zero_gradient"] == pytest.approx(1 / clean), "n is the number of samples that are right"
+    assert allowed["eps0_equals_clean"] == 0
+    assert math.isnan(allowed["square_not_stronger"]), "not run"
+
+
+def test_report_shows_what_is_allowed_at_this_n_and_where_n_is_too_small() -> None:
+    made = [judged({"more_steps": 39}), judged({"more_steps": 36, "clean": 40, "epsilon_0": 40})]
+    named = {"data": "mnist", "model": "lenet", "loss": "ce", "loss_weight": 0.0, "excluded": ""}
+    table = pd.DataFrame([{**named, "run_id": str(i), **row} for i in range(2) for row in made[i].values()])
+    text = sanity_section(table)
+    assert "| more_steps | 100 | 1.0 ‡ | **1/2 (2.5)** |" in text
+    assert "| objective_gap | 100 | 2.0 | 2/2 (0.0) |" in text
+    assert "| zero_gradient | 40 to 100 | 1.0 to 2.5 ‡ | 2/2 (0.0) |" in text
+    assert "| square_not_stronger | – | – | not run |" in text
+    assert re.search(r"\| more_steps \| change of [^|]* \| 0\.5 \|", text), "the threshold, beside what is checked"
+
+
+def test_restarts_of_cross_entropy_do_not_count_as_a_lost_iterate() -> None:
+    """Another start finds what the one climb never saw, so its last iterate did not lose it."""
+    assert judged({"ce": 30})["best_iterate"]["figure"] == 0
+    assert judged({"ce_last": 44})["best_iterate"]["figure"] == pytest.approx(0.04)
+    older = [name for name in PROBES if name != "ce_best"]
+    assert judged({"ce_last": 44}, names=older)["best_iterate"]["figure"] == pytest.approx(0.04)
+
+
+def test_probes_that_are_compared_have_the_same_steps_and_restarts(
+    digits_model: nn.Module, digits: tuple[LabelledImages, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int, int]] = []
+
+    class Told(ProjectedAttack):
+        def __init__(self, name: str, objectives: list[str], norm: str, steps: int, restarts: int, size: float) -> None:
+            super().__init__(name, objectives, norm, steps, restarts, size)
+            made.append((objectives[0], steps, restarts))
+
+    monkeypatch.setattr(probes, "ProjectedAttack", Told)
+    images, labels = digits[2].pixels()[:20], digits[2].labels[:20]
+    found = probes.run_probes(digits_model, images, labels, 0.1, SanityConfig(steps=3, restarts=2))
+    assert set(found.standing) == set(PROBES)
+    attacks = [attack for attack in made if attack[0] != "margin"]
+    assert attacks == [(name, 3, 2) for name in ("ce", "targeted_margin", "ce", "ce", "scaled_ce", "ce")]
+    bounded, longer, oftener, *wide = [attack for attack in made[1:] if attack[0] == "margin"]
+    assert (bounded[1:], longer[1:], oftener[1:]) == ((3, 2), (6, 2), (3, 4))
 
 
 def test_attacks_are_compared_sample_by_sample() -> None:

@@ -11,6 +11,7 @@ from drs.attack_config import (
     CWTorchattacksConfig,
     FGSMConfig,
     FMNConfig,
+    FMNFromStartConfig,
     HopSkipJumpConfig,
     NoiseConfig,
     PGDConfig,
@@ -51,7 +52,7 @@ def build_attack(
         return TorchattacksCarliniWagner(config.c, config.confidence, config.steps, config.learning_rate)
     if isinstance(config, CWConfig):
         return CarliniWagner(
-            config.binary_search_steps, config.steps, config.step_size, config.confidence, config.initial_const,
+            config.binary_search_steps, config.steps, config.step_sizes, config.confidence, config.initial_const,
             config.abort_early,
         )  # fmt: skip
     if isinstance(config, ProjectedConfig):
@@ -83,6 +84,8 @@ def _library_attack(config: AttackConfig) -> Attack:
         return autoattack.TargetedFAB(config.norm, config.steps, config.restarts, config.seed)
     if isinstance(config, SquareConfig):
         return autoattack.SquareAttack(config.norm, config.n_queries, config.restarts, config.seed)
+    if isinstance(config, FMNFromStartConfig):
+        return minimal_norm.FastMinimumNorm(config.norm, config.steps, config.start_steps)
     if isinstance(config, FMNConfig):
         return minimal_norm.FastMinimumNorm(config.norm, config.steps)
     if isinstance(config, HopSkipJumpConfig):

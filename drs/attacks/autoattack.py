@@ -85,7 +85,11 @@ class TargetedAutoPGD(AutoPGD):
         super().__init__(norm, steps, restarts, rho, seed)
 
     def _build(self, model: nn.Module, epsilon: float, classes: int) -> Any:
-        _need(self.name, classes, 4, "the targeted DLR loss divides by a difference that involves the fourth logit")
+        reason = (
+            "the targeted DLR loss divides by a difference that involves the fourth logit; leave the attack out with "
+            "'~suite.attacks.apgd_t', and targeted margin PGD takes its place"
+        )
+        _need(self.name, classes, 4, reason)
         return torchattacks.APGDT(model, norm=_NORMS[self.norm], eps=epsilon, n_classes=classes, **self.options)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -73,12 +74,23 @@ def check_pixels(images: Tensor, source: str) -> None:
         )
 
 
-def check_epsilon(epsilon: float, norm: str) -> None:
-    """Raise ``UserError`` unless epsilon is above 0 and, in ``linf``, at most 1."""
+def check_epsilon(epsilon: float, norm: str, n_pixels: int) -> None:
+    """Raise ``UserError`` unless epsilon is above 0 and at most the diameter of [0,1]^n in ``norm``.
+
+    Args:
+        epsilon: In pixel units.
+        norm: ``linf`` or ``l2``.
+        n_pixels: n, the number of values C*H*W of an image.
+    """
     if not epsilon > 0:
         raise UserError(f"epsilon={epsilon}: must be above 0")
     if norm == "linf" and epsilon > 1:
         raise UserError(f"epsilon={epsilon}: must be at most 1; pixels lie in [0,1], so write 8/255 rather than 8")
+    if norm == "l2" and epsilon > math.sqrt(n_pixels):
+        raise UserError(
+            f"epsilon={epsilon}: must be at most sqrt({n_pixels}) = {math.sqrt(n_pixels):.4g}; no two images of "
+            f"{n_pixels} pixel values in [0,1] are further apart in l2"
+        )
 
 
 def check_eval_mode(model: nn.Module) -> None:
@@ -145,24 +157,27 @@ def check_logits(logits: Tensor, source: str) -> None:
         )
 
 
-def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm: str, name: str) -> None:
-    """Raise ``UserError`` unless the adversarial batch is whole, inside [0,1] and within epsilon (1e-6 slack)."""
+def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm: str, name: str) -> Tensor:
+    """Return the ``norm`` of each perturbation ``[B]``, as ``perturbation_norm`` does.
+
+    Raises:
+        UserError: Unless the adversarial batch is whole, inside [0,1] and within epsilon (1e-6 slack).
+    """
     if adversarial.shape != images.shape:
         raise UserError(f"{name} returned {list(adversarial.shape)} for images {list(images.shape)}")
     check_pixels(adversarial, f"adversarial images of {name}")
-    if images.numel():
-        largest = float(perturbation_norm(images, adversarial, norm).max())
-        if largest > epsilon + SLACK:
-            raise UserError(f"{name} left the ball: {norm} distance {largest:.6g} where epsilon is {epsilon:.6g}")
+    if not images.numel():
+        return torch.zeros(len(images), dtype=torch.float64, device=images.device)
+    distance = perturbation_norm(images, adversarial, norm)
+    largest = float(distance.max())
+    if largest > epsilon + SLACK:
+        raise UserError(f"{name} left the ball: {norm} distance {largest:.6g} where epsilon is {epsilon:.6g}")
+    return distance
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed the attack's randomness; restore generators, module modes, gradient flags and TF32 afterwards.
-
-    Raises:
-        UserError: From inside the attack, where the gradient for an image is not finite.
-    """
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed the randomness and freeze the weights, in float32 with TF32 off; restore all of it, and the modes."""
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -175,27 +190,44 @@ def isolated(model: nn.Module, seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         for parameter in flags:
             parameter.requires_grad_(False)
-        watch = model.register_forward_pre_hook(_watch_gradient)
         try:
             yield
         finally:
-            watch.remove()
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for module, training in modes.items():
                 module.training = training
 
 
-def _watch_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+@contextmanager
+def isolated(model: nn.Module, seed: int) -> Iterator[None]:
+    """Do as ``seeded`` does, and watch the gradients.
+
+    Raises:
+        UserError: From inside the attack, where the gradient for an image is not finite.
+    """
+    with seeded(model, seed):
+        watch = model.register_forward_pre_hook(watch_gradient)
+        try:
+            yield
+        finally:
+            watch.remove()
+
+
+def watch_gradient(_: nn.Module, inputs: tuple[Any, ...], whose: str = "the model's") -> None:
+    """Refuse, as a forward pre-hook, gradients for the images that are not finite: ``UserError`` on the way back."""
     if torch.is_grad_enabled() and isinstance(inputs[0], Tensor) and inputs[0].requires_grad:
-        inputs[0].register_hook(_refuse_broken_gradient)
+        inputs[0].register_hook(partial(_refuse_broken_gradient, whose))
 
 
-def _refuse_broken_gradient(gradient: Tensor) -> None:
+def _refuse_broken_gradient(whose: str, gradient: Tensor) -> None:
+    # A value that is not finite makes the sum so too, and a sum is soon made; it may overflow without one.
+    if math.isfinite(float(gradient.sum())):
+        return
     bad = ~torch.isfinite(gradient).flatten(1).all(dim=1)
     if bool(bad.any()):
         raise UserError(
-            f"the model's gradient is not finite for {int(bad.sum())} of {len(bad)} images; gradient attacks would "
+            f"{whose} gradient is not finite for {int(bad.sum())} of {len(bad)} images; gradient attacks would "
             "leave them alone, and the model would look robust"
         )
 
@@ -213,6 +245,33 @@ def predict(model: nn.Module, images: Tensor, source: str) -> Tensor:
     return logits
 
 
+class CleanLogits:
+    """The clean logits of some images, shared by attacks on them; input and model are checked once, when it is made.
+
+    Logits are kept by batch, because their last bits depend on it. Model and images must stay as they are.
+
+    Args:
+        model: In eval mode; takes pixels in [0,1] and returns logits.
+        images: ``[N, C, H, W]`` float32 in [0,1].
+
+    Raises:
+        UserError: For input that breaks the contract.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        check_pixels(images, "the images to attack")
+        check_eval_mode(model)
+        check_model(model, images)
+        self.model, self.images = model, images
+        self._batches: dict[tuple[int, int], Tensor] = {}
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """Return logits ``[stop - start, K]``, a copy; ``UserError`` where one is not finite."""
+        if (start, stop) not in self._batches:
+            self._batches[start, stop] = predict(self.model, self.images[start:stop], "clean images")
+        return self._batches[start, stop].clone()
+
+
 def run_attack(
     attack: Attack,
     model: nn.Module,
@@ -223,6 +282,7 @@ def run_attack(
     batch_size: int = 500,
     seed: int = 0,
     on_batch: Callable[[int], None] | None = None,
+    clean: CleanLogits | None = None,
 ) -> AttackOutcome:
     """Attack the samples the model gets right; the others are failures already and keep their clean logits.
 
@@ -235,33 +295,37 @@ def run_attack(
         batch_size: Samples per batch; halved where a GPU's memory runs out.
         seed: Each batch is seeded with it and the position of its first sample.
         on_batch: Called with the number of samples just finished.
+        clean: Of this model and these images, where several attacks share them.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
+        ValueError: If ``clean`` is of another model or of other images.
     """
-    check_pixels(images, "the images to attack")
+    if clean is None:
+        clean = CleanLogits(model, images)
+    elif clean.model is not model or clean.images is not images:
+        raise ValueError("the clean logits are of another model or of other images")
     check_eval_mode(model)
-    check_model(model, images)
     if attack.bounded:
-        check_epsilon(epsilon, attack.norm)
+        check_epsilon(epsilon, attack.norm, images.shape[1:].numel())
     else:
         epsilon = math.inf
 
     def attack_batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        clean, truth = images[start:stop], labels[start:stop]
-        clean_logits = predict(model, clean, "clean images")
-        standing = (clean_logits.argmax(dim=1) == truth).nonzero().squeeze(1)
-        distance = torch.zeros(len(clean), dtype=torch.float64)
+        pixels, truth = images[start:stop], labels[start:stop]
+        logits = clean.batch(start, stop)
+        standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
+        distance = torch.zeros(len(pixels), dtype=torch.float64)
         if len(standing):
             with isolated(model, seed + start):
-                adversarial = attack.perturb(model, clean[standing].clone(), truth[standing], epsilon).detach()
-            check_adversarial(clean[standing], adversarial, epsilon, attack.norm, attack.name)
-            clean_logits[standing] = predict(model, adversarial, f"adversarial images of {attack.name}")
-            distance[standing.cpu()] = perturbation_norm(clean[standing], adversarial, attack.norm).cpu()
+                adversarial = attack.perturb(model, pixels[standing].clone(), truth[standing], epsilon).detach()
+            moved = check_adversarial(pixels[standing], adversarial, epsilon, attack.norm, attack.name)
+            logits[standing] = predict(model, adversarial, f"adversarial images of {attack.name}")
+            distance[standing.cpu()] = moved.cpu()
         if on_batch is not None:
-            on_batch(len(clean))
-        return clean_logits.cpu(), distance
+            on_batch(len(pixels))
+        return logits.cpu(), distance
 
     parts, used = in_batches(attack_batch, len(images), batch_size, attack.name)
-    logits, distances = zip(*parts, strict=True)
-    return AttackOutcome(torch.cat(logits), torch.cat(distances), used)
+    found, distances = zip(*parts, strict=True)
+    return AttackOutcome(torch.cat(found), torch.cat(distances), used)

@@ -6,6 +6,15 @@ import foolbox
 import torch
 from torch import Tensor, nn
 
+from drs.attacks.objectives import FAMILIES
+from drs.attacks.projected import climb
+
+SMALLEST_START = 1 / 512
+"""Radius of the first ball in which a start is looked for, as a share of the diameter of the pixel cube."""
+GROWTH = 2**0.5
+"""Ratio of the radii of two such balls, one after the other."""
+START_STEP = 0.5
+"""The first gradient step in such a ball, as a share of its radius."""
 OVERSHOOTS = (1e-4, 1e-3, 1e-2)
 """By what share a perturbation may grow to settle on which side of the boundary its image lies."""
 
@@ -43,6 +52,37 @@ def other_class_images(model: nn.Module, images: Tensor, labels: Tensor) -> tupl
     return images[other.int().argmax(dim=1)], other.any(dim=1)
 
 
+def adversarial_starts(
+    model: nn.Module, images: Tensor, labels: Tensor, norm: str, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Climb the margin from the clean images in one ball after another, each larger, until the model errs.
+
+    Args:
+        model: In eval mode.
+        images: ``[B, C, H, W]``.
+        labels: ``[B]``.
+        norm: ``linf`` or ``l2``, of the balls; the last holds the whole pixel cube.
+        steps: Gradient steps in each ball.
+
+    Returns:
+        Misclassified images ``[B, C, H, W]``, the clean one where none was found, and whether one was, ``[B]`` bool.
+    """
+    (objective,) = FAMILIES["margin"](images, labels)
+    starts, found = images.clone(), torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    diameter = 1.0 if norm == "linf" else images[0].numel() ** 0.5
+    radius = diameter * SMALLEST_START
+    while radius < diameter * GROWTH and not bool(found.all()):
+        rest = (~found).nonzero().squeeze(1)
+        reached, fallen, _, _ = climb(
+            model, images[rest], labels[rest], radius, objective, norm=norm, steps=steps,
+            relative_step_size=START_STEP, start=images[rest],
+        )  # fmt: skip
+        starts[rest[fallen]] = reached[fallen]
+        found[rest[fallen]] = True
+        radius *= GROWTH
+    return starts, found
+
+
 class ProjectingL2FMN(foolbox.attacks.L2FMNAttack):
     """foolbox's L2 attack with the projection that the paper has.
 
@@ -61,26 +101,36 @@ class ProjectingL2FMN(foolbox.attacks.L2FMNAttack):
 class FastMinimumNorm:
     """Fast minimum-norm attack (Pintor et al. 2021, arXiv 2102.12827).
 
+    In L2 the search of foolbox does not converge from the clean image where many pixels are 0 or 1: it clips the step
+    there, the perturbation comes out shorter than its bound, and the next bound is set from what was left of it. From
+    an image on the other side of the decision boundary it does. In Linf both starts lead to the same norms.
+
     Args:
         norm: ``linf`` or ``l2``.
         steps: Gradient steps.
+        start_steps: Gradient steps in each ball in which a misclassified start is looked for, see
+            ``adversarial_starts``; with 0 the search starts from the clean image.
     """
 
     bounded = False
 
-    def __init__(self, norm: str, steps: int) -> None:
+    def __init__(self, norm: str, steps: int, start_steps: int = 0) -> None:
         self.norm = norm
         self.name = f"FMN {norm} (foolbox)"
+        self.start_steps = start_steps
         self.attack = (foolbox.attacks.LInfFMNAttack if norm == "linf" else ProjectingL2FMN)(steps=steps)
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         """See ``drs.attacks.contract.Attack``; where nothing was found the clean image comes back.
 
-        From the clean image the search can creep up to the boundary and stay just inside. Where it found nothing, it
-        starts again from an image of the batch that the model puts into another class.
+        From the clean image the search can creep up to the boundary and stay just inside. Where it found nothing, or
+        found no start, it starts from an image of the batch that the model puts into another class.
         """
         images = images.contiguous()
-        result, found = self._search(model, images, labels, None)
+        if self.start_steps:
+            result, found = self._search_from_start(model, images, labels)
+        else:
+            result, found = self._search(model, images, labels, None)
         missing = (~found).nonzero().squeeze(1)
         if len(missing):
             starts, known = other_class_images(model, images, labels[missing])
@@ -89,9 +139,34 @@ class FastMinimumNorm:
             result[missing], _ = self._search(model, images[missing], labels[missing], starts)
         return settle(model, images, result, labels)
 
+    def _search_from_start(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the perturbed images, on the decision boundary, and which have a start; the clean one where none."""
+        starts, found = adversarial_starts(model, images, labels, self.norm, self.start_steps)
+        chosen = _misclassified(model, starts, labels, found.nonzero().squeeze(1))
+        result, found = images.clone(), torch.zeros_like(found)
+        if len(chosen):
+            found[chosen] = True
+            result[chosen] = self._run(model, images[chosen], labels[chosen], starts[chosen])[0]
+        return result, found
+
     def _search(self, model: nn.Module, images: Tensor, labels: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the smallest perturbed images, the clean one where none was found, and whether one was."""
+        moved, success = self._run(model, images, labels, starts)
+        return torch.where(success.view(-1, 1, 1, 1), moved, images), success
+
+    def _run(self, model: nn.Module, images: Tensor, labels: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
         options = {} if starts is None else {"starting_points": starts}
         _, moved, success = self.attack(wrapped, images, labels, epsilons=None, **options)
-        return torch.where(success.view(-1, 1, 1, 1), moved, images).detach(), success
+        return moved.detach(), success
+
+
+@torch.no_grad()
+def _misclassified(model: nn.Module, starts: Tensor, labels: Tensor, chosen: Tensor) -> Tensor:
+    """Return those of the chosen positions ``[M]`` that the model gets wrong in one batch, which foolbox insists on."""
+    while len(chosen):
+        wrong = model(starts[chosen]).argmax(dim=1) != labels[chosen]
+        if bool(wrong.all()):
+            break
+        chosen = chosen[wrong]  # another batch size rounds differently, so the rest is asked again
+    return chosen

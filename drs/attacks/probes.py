@@ -1,8 +1,8 @@
 """The attacks behind the sanity checks of a model: variants of one attack that should agree.
 
-After Carlini et al. 2019 (arXiv 1902.06705, section 5) and Mosbach et al. 2018 (arXiv 1810.12042): an attack that has
-converged does not gain from more steps or restarts, does not depend on which objective it climbs, and does not notice
-that logits are shifted or rescaled.
+After Carlini et al. 2019 (arXiv 1902.06705, section 5) and Mosbach et al. 2018 (arXiv 1810.12042): an attack that finds
+what there is to find does not gain from more steps or restarts, nor from another objective, nor from logits that are
+shifted or rescaled.
 """
 
 from dataclasses import dataclass
@@ -65,10 +65,11 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
     """Run every probe in Linf.
 
     The probes: ``clean``; ``epsilon_0`` (margin PGD with a ball of no size); ``ce``, ``margin`` and ``targeted`` PGD
-    with the same steps; ``ce_last`` (the last iterate of ``ce`` instead of the best); ``more_steps`` and
-    ``more_restarts`` (``margin`` with twice of each); ``scaled_<factor>``, ``normalised`` and ``shifted`` (``ce`` on
-    logits multiplied by a factor, multiplied by ``drs.attacks.objectives.logit_scale``, and shifted); ``large`` and
-    ``unbounded`` (``margin`` within 0.5 and 1).
+    with the same steps and restarts, ``targeted`` for each of the K-1 other classes; ``ce_best`` and ``ce_last`` (the
+    best and the last iterate of one climb of cross-entropy from the clean image, on which nothing is dropped);
+    ``more_steps`` and ``more_restarts`` (``margin`` with twice of each); ``scaled_<factor>``, ``normalised`` and
+    ``shifted`` (``ce`` on logits multiplied by a factor, multiplied by ``drs.attacks.objectives.logit_scale``, and
+    shifted); ``large`` and ``unbounded`` (``margin`` within 0.5 and 1).
 
     Args:
         model: In eval mode; pixels in [0,1] in, logits out.
@@ -86,7 +87,7 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
     sizes = []
 
     def stands(
-        objective: str, *, radius: float = epsilon, steps: int = config.steps, restarts: int = 1,
+        objective: str, *, radius: float = epsilon, steps: int = config.steps, restarts: int = config.restarts,
         target: nn.Module = model,
     ) -> np.ndarray:  # fmt: skip
         attack = ProjectedAttack(
@@ -104,13 +105,13 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
         len(images), config.batch_size, "the sanity checks",
     )  # fmt: skip
     sizes.append(size)
-    for name in ("clean", "epsilon_0", "ce", "ce_last"):
+    for name in ("clean", "epsilon_0", "ce_best", "ce_last"):
         standing[name] = np.concatenate([part[name] for part in parts])
-    restarts = config.restarts
-    standing["margin"] = stands("margin", restarts=restarts)
+    standing["ce"] = stands("ce")
+    standing["margin"] = stands("margin")
     standing["targeted"] = stands("targeted_margin")
-    standing["more_steps"] = stands("margin", steps=2 * config.steps, restarts=restarts)
-    standing["more_restarts"] = stands("margin", restarts=2 * restarts)
+    standing["more_steps"] = stands("margin", steps=2 * config.steps)
+    standing["more_restarts"] = stands("margin", restarts=2 * config.restarts)
     for factor in FACTORS:
         standing[f"scaled_{factor:g}"] = stands("ce", target=Rescaled(model, factor))
     standing["normalised"] = stands("scaled_ce")
@@ -124,7 +125,7 @@ def _batch_probes(
     model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig
 ) -> dict[str, np.ndarray]:
     right = predict(model, images, "clean images").argmax(dim=1) == labels
-    result = {"clean": right, "epsilon_0": right.clone(), "ce": right.clone(), "ce_last": right.clone()}
+    result = {name: right.clone() for name in ("clean", "epsilon_0", "ce_best", "ce_last")}
     gradient = torch.zeros(len(images), dtype=torch.float64, device=images.device)
     index = right.nonzero().squeeze(1)
     if len(index):
@@ -141,6 +142,6 @@ def _batch_probes(
                 relative_step_size=config.relative_step_size, start=centre, drop_fallen=False,
             )  # fmt: skip
         result["epsilon_0"][index] = predict(model, same, "images moved by 0").argmax(dim=1) == truth
-        result["ce"][index] = ~fallen
+        result["ce_best"][index] = ~fallen
         result["ce_last"][index] = ~last_fallen
     return {name: value.cpu().numpy() for name, value in result.items()} | {"gradient_norm": gradient.cpu().numpy()}

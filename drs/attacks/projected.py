@@ -7,10 +7,12 @@ step shrinks to 0 along half a cosine, so that the last iterates settle.
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from drs.attacks.contract import watch_gradient
 from drs.attacks.objectives import FAMILIES, Objective, margin
 
 
@@ -193,6 +195,7 @@ class Transfer:
 
     def __init__(self, source: nn.Module, norm: str, steps: int, relative_step_size: float) -> None:
         self.source = copy.deepcopy(source).requires_grad_(False)  # the caller may go on training its own
+        self.source.register_forward_pre_hook(partial(watch_gradient, whose="the transfer's source model's"))
         self.norm = norm
         self.steps = steps
         self.relative_step_size = relative_step_size

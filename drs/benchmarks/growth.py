@@ -1,8 +1,9 @@
 """How time and memory grow: of an evaluation with images, of the loss with classes, of the tables with models."""
 
+import json
 import shutil
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from drs.benchmarks.harness import Row, time_in_turn
-from drs.benchmarks.startup import measured_process
+from drs.benchmarks.harness import Row, peak_tensor_bytes, time_in_turn
+from drs.benchmarks.startup import EVALUATE, TRAIN, curve_rows, in_turn, measured_process
 from drs.config import PROJECT_ROOT
 from drs.correlation import correlation_table
 from drs.granulated import granulated_table
@@ -24,75 +25,132 @@ IMAGES = (100, 300, 1000)
 CLASSES = (10, 100, 1000, 10000)
 MODELS = (25, 50, 100, 200)
 BATCH = 256
-
-
-def _curve(
-    case: str, sizes: Sequence[int], what: str, unit: str, values: Sequence[float], **more: Any
-) -> Iterator[Row]:
-    """Yield a row for each size beside the size before it."""
-    points = list(zip(sizes, values, strict=True))
-    for (before, low), (size, high) in pairwise(points):
-        ratio = high / low
-        yield Row(
-            "growth", case, f"{size} {what}", f"{before} {what}", unit, high, low, ratio, ratio, ratio, device="cpu",
-            target="", threads=torch.get_num_threads(), **more,
-        )  # fmt: skip
+TABLES = {
+    "correlations": correlation_table,
+    "partial correlations": partial_correlation_table,
+    "granulated Kendall coefficients": granulated_table,
+}
+MAKE_TABLES = """
+import json, sys, time
+from importlib import import_module
+root, models, seconds, *tables = sys.argv[1:]
+sys.path.insert(0, root)
+import pandas as pd
+models, taken = pd.read_pickle(models), []
+for module, name in zip(tables[::2], tables[1::2]):
+    table = getattr(import_module(module), name)
+    table(models.head(10))  # what the first call loads is not the table's time
+    began = time.perf_counter()
+    table(models)
+    taken.append(time.perf_counter() - began)
+with open(seconds, "w") as file:
+    json.dump(taken, file)
+"""
+"""Makes tables in a process without torch, whose memory would hide theirs, and writes the seconds of each."""
 
 
 def evaluation_rows(folder: Path, environment: dict[str, str], images: Sequence[int] = IMAGES) -> Iterator[Row]:
-    """Yield seconds and peak memory of evaluating one MNIST LeNet under the paper suite, as a whole process."""
-    train, evaluate = (str(PROJECT_ROOT / "scripts" / name) for name in ("train.py", "evaluate.py"))
-    common = [f"results_dir={folder}", "progress=false"]
+    """Yield seconds and peak memory of evaluating one MNIST LeNet under the paper suite, as a whole process.
+
+    Args:
+        folder: An empty folder for the runs.
+        environment: Of the processes.
+        images: Attacked by each attack but those that take fewer, in rising order.
+
+    Raises:
+        RuntimeError: If a process fails.
+    """
+    common = [f"results_dir={folder}", "progress=false", "device=cpu"]
     # What is trained plays no part in what its evaluation costs, but that an attack on it has work to do.
-    measured_process([train, "data=mnist", "model=lenet", "loss=ce", "epochs=1", "study=new", *common], environment)
-    found = []
-    for count in images:
+    training = ["data=mnist", "model=lenet", "loss=ce", "epochs=1", "data.train_samples=10000", "study=new"]
+    measured_process([TRAIN, *training, *common], environment)
+
+    def evaluated_on(count: int) -> tuple[float, float]:
         shutil.copytree(folder / "new", folder / f"of-{count}")  # an evaluation goes on where another stopped
         suite = ["suite=paper", f"suite.n_samples.default={count}", "suite.n_clean=1000"]
-        command = [evaluate, *suite, f"study=of-{count}", "workers=1", "timing=false", *common]
-        found.append(measured_process(command, environment))
-    peaks, seconds = ([pair[i] for pair in found] for i in (0, 1))
-    case = "evaluation, paper suite, MNIST lenet"
-    yield from _curve(
-        f"{case}: time", images, "images", "s", seconds, repeats=1,
-        note="a whole process, its start, its tables and its report included, which do not grow",
+        command = [EVALUATE, *suite, f"study=of-{count}", "workers=1", "timing=false", *common]
+        return measured_process(command, environment)
+
+    found = in_turn([partial(evaluated_on, count) for count in images], 1)
+    once = f"measured once: it takes {found[0, 0, 1]:.0f} to {found[0, -1, 1]:.0f} s"
+    case, threads = "evaluation, paper suite, MNIST lenet", torch.get_num_threads()
+    yield from curve_rows(
+        "growth", f"{case}: time", "{} images", images, "s", found[..., 1], threads=threads,
+        note=f"a whole process, its start, its tables and its report included, which do not grow; {once}",
     )  # fmt: skip
-    yield from _curve(f"{case}: peak memory", images, "images", "GiB", peaks, repeats=1)
+    yield from curve_rows(
+        "growth", f"{case}: peak memory", "{} images", images, "GiB", found[..., 0], threads=threads, note=once
+    )
 
 
 def class_rows(classes: Sequence[int] = CLASSES, repeats: int = 20) -> Iterator[Row]:
-    """Yield the time of the loss, forward and backward, and of cross-entropy, by the number of classes."""
-    calls = []
-    for count in classes:
-        logits = torch.randn(BATCH, count, requires_grad=True)
-        labels = torch.randint(count, (BATCH,))
-        loss = DRSoftmaxLoss()
-        loss.validate = False  # as in training
-        for function in (loss, F.cross_entropy):
-
-            def call(function: Any = function, logits: torch.Tensor = logits, labels: torch.Tensor = labels) -> None:
-                logits.grad = None
-                function(logits, labels).backward()
-
-            calls.append(call)
-    medians = 1e3 * np.median(time_in_turn(calls, repeats, warmup=3), axis=0)
-    for which, name in ((0, "DR-softmax"), (1, "cross-entropy")):
+    """Yield time and peak memory of the loss, forward and backward, and of cross-entropy, by the number of classes."""
+    calls = [
+        _forward_and_backward(function, count) for function in ("DR-softmax", "cross-entropy") for count in classes
+    ]
+    milliseconds = 1e3 * time_in_turn(calls, repeats, warmup=3)
+    mebibytes = in_turn([partial(peak_tensor_bytes, call) for call in calls], 3) / 2**20
+    for which, name in enumerate(("DR-softmax", "cross-entropy")):
         case = f"{name}, forward and backward, batch {BATCH}"
-        yield from _curve(case, classes, "classes", "ms", list(medians[which::2]), repeats=repeats)
+        of = slice(which * len(classes), (which + 1) * len(classes))
+        for what, unit, values, note in (
+            ("time", "ms", milliseconds, ""),
+            ("peak memory", "MiB", mebibytes, "of tensors that it makes, counted: the same at every repeat"),
+        ):
+            yield from curve_rows(
+                "growth", f"{case}: {what}", "{} classes", classes, unit, values[:, of],
+                threads=torch.get_num_threads(), note=note,
+            )  # fmt: skip
 
 
-def table_rows(models: Sequence[int] = MODELS, repeats: int = 1) -> Iterator[Row]:
-    """Yield the time of each table over models, with the draws of a study, by the number of models."""
-    tables = {
-        "correlations": correlation_table,
-        "partial correlations": partial_correlation_table,
-        "granulated Kendall coefficients": granulated_table,
-    }
-    frames = [made_up_models(count) for count in models]
-    for name, table in tables.items():
-        calls = [lambda frame=frame, table=table: table(frame) for frame in frames]
-        seconds = np.median(time_in_turn(calls, repeats, warmup=0), axis=0)
-        yield from _curve(f"table of {name}", models, "models", "s", list(seconds), repeats=repeats)
+def _forward_and_backward(name: str, classes: int) -> Callable[[], None]:
+    logits = torch.randn(BATCH, classes, requires_grad=True)
+    labels = torch.randint(classes, (BATCH,))
+    function: Any = F.cross_entropy
+    if name == "DR-softmax":
+        function = DRSoftmaxLoss()
+        function.validate = False  # as in training
+
+    def call() -> None:
+        logits.grad = None
+        function(logits, labels).backward()
+
+    return call
+
+
+def table_rows(
+    folder: Path, environment: dict[str, str], models: Sequence[int] = MODELS, repeats: int = 3
+) -> Iterator[Row]:
+    """Yield the time of each table over models, with the draws of a study, and the peak memory of a process of them.
+
+    Args:
+        folder: For files that the processes read and write.
+        environment: Of the processes.
+        models: How many there are, in rising order, 10 at least.
+        repeats: Of each process.
+
+    Raises:
+        RuntimeError: If a process fails.
+    """
+
+    def made_of(count: int) -> list[float]:
+        frame, seconds = folder / f"{count}.pickle", folder / f"{count}.json"
+        made_up_models(count).to_pickle(frame)
+        tables = [part for table in TABLES.values() for part in (table.__module__, table.__name__)]
+        command = ["-c", MAKE_TABLES, str(PROJECT_ROOT), str(frame), str(seconds), *tables]
+        peak, _ = measured_process(command, environment)
+        return [*json.loads(seconds.read_text()), peak]
+
+    found = in_turn([partial(made_of, count) for count in models], repeats)  # [repeats, models, tables and the peak]
+    threads = torch.get_num_threads()
+    for which, name in enumerate(TABLES):
+        yield from curve_rows(
+            "growth", f"table of {name}: time", "{} models", models, "s", found[..., which], threads=threads
+        )
+    yield from curve_rows(
+        "growth", "tables of coefficients: peak memory", "{} models", models, "GiB", found[..., -1], threads=threads,
+        note="of a process that makes the three tables and has not imported torch",
+    )  # fmt: skip
 
 
 def made_up_models(count: int, attacks: int = 4, seed: int = 0) -> pd.DataFrame:

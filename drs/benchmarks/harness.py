@@ -4,7 +4,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,20 @@ class Row:
         sign, bound = self.target.split()
         reached = self.ratio <= float(bound) if sign == "<=" else self.ratio >= float(bound)
         return "met" if reached and self.held else "missed"
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the whole interval of the ratio is on the side of the target that the ratio is on."""
+        ends = (replace(self, ratio=end).verdict for end in (self.low, self.high))
+        return all(verdict == self.verdict for verdict in ends)
+
+
+def failed_row(section: str, device: str, error: Exception) -> Row:
+    """Return the row that stands for what a section did not come to measure."""
+    return Row(
+        section, "the rest of this section", "ours", "others", "", None, None, None, None, None, 0, "", device, 0,
+        note=f"it ended with {type(error).__name__}: {' '.join(str(error).split())[:500]}",
+    )  # fmt: skip
 
 
 def time_in_turn(

@@ -1,19 +1,21 @@
 """Models per minute: one worker, several, and several models trained as one batch."""
 
 import copy
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from drs.benchmarks.harness import Row, ratio_of_medians, time_in_turn
-from drs.benchmarks.packing import fit_packed
+from drs.benchmarks.packing import fit_packed, warm_up
 from drs.config import PROJECT_ROOT, TrainConfig
 from drs.data import load_split
 from drs.training import fit
@@ -22,16 +24,29 @@ REPEATS = 3
 SEEDS = 6
 SIZES = (4, 8)
 """Models that are packed into one batch."""
+PACKED = "packed through torch.func"
+WAYS = {"cpu": {PACKED: False}, "cuda": {PACKED: False, f"{PACKED}, compiled, as a CUDA graph": True}}
+"""How models are packed on a device, by name, and whether the gradient is compiled."""
+_GROUPED = (
+    "in one process, without validation; a convolution with weights of its own for every model is computed in groups, "
+    "one a model"
+)
 
 
-def worker_rows(overrides: Sequence[str], folder: Path, environment: dict[str, str], workers: int) -> Iterator[Row]:
+def worker_rows(
+    overrides: Sequence[str], folder: Path, environment: dict[str, str], workers: int, device: str = "cpu"
+) -> Iterator[Row]:
     """Yield the models per minute of a sweep as a whole process, with joblib's workers beside one process.
 
     Args:
         overrides: Of each training; a sweep over ``SEEDS`` seeds is made of them.
         folder: Where the runs go; each sweep starts without any.
         environment: Of the process.
-        workers: Of joblib, with as many cores shared among them.
+        workers: Of joblib; they share the cores, and the card where the device is one.
+        device: ``cpu`` or ``cuda``, of every training.
+
+    Raises:
+        RuntimeError: If a sweep fails.
     """
     launchers = {
         "one worker": [],
@@ -39,7 +54,7 @@ def worker_rows(overrides: Sequence[str], folder: Path, environment: dict[str, s
     }
     command = [
         sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), "-m", *overrides, f"seed=range({SEEDS})",
-        "study=sweep", "progress=false", f"results_dir={folder}",
+        "study=sweep", "progress=false", f"device={device}", f"results_dir={folder}",
     ]  # fmt: skip
     seconds = np.empty((REPEATS, len(launchers)))
     for repeat in range(REPEATS):
@@ -52,23 +67,24 @@ def worker_rows(overrides: Sequence[str], folder: Path, environment: dict[str, s
                 raise RuntimeError(f"the sweep ended with {done.returncode}: {done.stderr.strip()[-500:]}")
     medians = np.median(seconds, axis=0)
     one, several = launchers
+    shared = "one worker uses every core where it can" if device == "cpu" else "the workers share one card"
     yield Row(
         "sweeps", f"{SEEDS} trainings as one command: {' '.join(overrides)}", several, one, "models/min",
         60 * SEEDS / float(medians[1]), 60 * SEEDS / float(medians[0]),
-        *ratio_of_medians(seconds[:, 0], seconds[:, 1]), REPEATS, "", "cpu", torch.get_num_threads(),
-        least=workers * 60 * SEEDS / float(medians[0]),
-        floor=f"{workers} cores do at most {workers} times the work of one; one worker uses them all where it can",
-        note=f"whole processes, start-up and validation among it: {medians[0]:.1f} s and {medians[1]:.1f} s",
+        *ratio_of_medians(seconds[:, 0], seconds[:, 1]), REPEATS, "", device, torch.get_num_threads(),
+        note=f"whole processes, start-up and validation among it: {medians[1]:.1f} s and {medians[0]:.1f} s; {shared}",
     )  # fmt: skip
 
 
 def packing_rows(config: TrainConfig, device: torch.device) -> Iterator[Row]:
     """Yield the models per minute of models packed into one batch beside the same models trained in turn.
 
-    Both are in this process, with the data in memory, and leave out validation.
+    Both are in this process, with the data in memory, and leave out validation. On a card everything is done once
+    before it is timed, so that compiling, and choosing and loading kernels, are not among the seconds. A way that
+    cannot be compiled gets a row that says so.
 
     Args:
-        config: Of each model but for its seed.
+        config: Of each model but for its seed, in a form that ``fit_packed`` takes.
         device: Of the data and of both.
     """
     training, validation = load_split(config.data, device)
@@ -78,23 +94,43 @@ def packing_rows(config: TrainConfig, device: torch.device) -> Iterator[Row]:
         configs = [copy.deepcopy(config) for _ in range(size)]
         for seed, each in enumerate(configs):
             each.seed = seed
+        empty = Row(
+            "sweeps", f"{size} trainings of {steps} steps of {config.batch_size} images, {config.model.name}", "",
+            "one after another", "models/min", None, None, None, None, None, 0, "", device.type,
+            torch.get_num_threads(), tried=True,
+        )  # fmt: skip
 
         def in_turn(configs: list[TrainConfig] = configs) -> None:
             for each in configs:
                 fit(each, training, nothing, device)
 
-        def packed(configs: list[TrainConfig] = configs) -> None:
-            fit_packed(configs, training, device)
+        ways: dict[str, Callable[[], object]] = {}
+        notes: dict[str, str] = {}
+        for way, compiled in WAYS[device.type].items():
+            notes[way] = _GROUPED
+            if compiled:
+                try:
+                    seconds = warm_up(configs, training, device, compiled=True)
+                except RuntimeError as error:
+                    yield replace(empty, ours=way, note=f"not compiled: {' '.join(str(error).split())[:300]}")
+                    continue
+                notes[way] += f"; {seconds:.1f} s to compile are not among the seconds"
+            ways[way] = functools.partial(fit_packed, configs, training, device, compiled=compiled)
+        yield from _measured(empty, size, ways, in_turn, notes)
 
-        seconds = time_in_turn([packed, in_turn], REPEATS, warmup=0, device=device.type)
-        medians = np.median(seconds, axis=0)
-        yield Row(
-            "sweeps", f"{size} trainings of {steps} steps of {config.batch_size} images, {config.model.name}",
-            "packed through torch.func", "one after another", "models/min", 60 * size / float(medians[0]),
-            60 * size / float(medians[1]), *ratio_of_medians(seconds[:, 1], seconds[:, 0]), REPEATS, "", device.type,
-            torch.get_num_threads(), tried=True,
-            note="in one process, without validation; a convolution with weights of its own for every model is "
-            "computed in groups, one a model",
+
+def _measured(
+    empty: Row, size: int, ways: dict[str, Callable[[], object]], in_turn: Callable[[], object], notes: dict[str, str]
+) -> Iterator[Row]:
+    """Yield ``empty`` filled for each way to train ``size`` models, beside training them in turn."""
+    warmup = 1 if empty.device == "cuda" else 0
+    seconds = time_in_turn([in_turn, *ways.values()], REPEATS, warmup=warmup, device=empty.device)
+    rates = 60 * size / np.median(seconds, axis=0)
+    for which, way in enumerate(ways, start=1):
+        ratio, low, high = ratio_of_medians(seconds[:, 0], seconds[:, which])
+        yield replace(
+            empty, ours=way, ours_median=float(rates[which]), theirs_median=float(rates[0]), ratio=ratio, low=low,
+            high=high, repeats=REPEATS, note=notes[way],
         )  # fmt: skip
 
 

@@ -58,8 +58,8 @@ def _train(overrides: Sequence[str], count: int, environment: Mapping[str, str])
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), *overrides, "study=waits", "progress=false",
-            f"results_dir={folder}",
+            sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), *overrides, "device=cpu", "study=waits",
+            "progress=false", f"results_dir={folder}",
         ]  # fmt: skip
         started = [
             subprocess.Popen([*command, f"seed={seed}"], env=environment, stdout=subprocess.DEVNULL)
