@@ -106,7 +106,7 @@ is why C1 and C4 also ask the settings.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
 - **C5. {STATEMENTS["C5"]}** DR-softmax at weight {PRIMARY_WEIGHT:g} and cross-entropy paired by seed, on the decisive
   samples and epsilons in Linf: the gain under PGD, the gain under the worst case, and the share of the first that is
-  left in the second, with Fieller's interval over the seeds. A masking check is one that an honest model passes
+  left in the second, with Fieller's interval over the seeds. A masking check is one that an honest model should pass
   ({", ".join(MASKING_CHECKS)}); it counts where most of the DR-softmax models fail it and most of the cross-entropy
   models do not.
   - *{NOT_SUPPORTED}*: a gain under PGD is shown (its interval lies above 0), and a masking check counts, or the share's
