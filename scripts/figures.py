@@ -9,6 +9,7 @@ that holds none.
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -58,7 +59,14 @@ def execute(notebook: Path, study_dir: Path) -> None:
     config = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
     resources = {"metadata": {"path": str(ROOT)}}
     client = NotebookClient(content, timeout=600, kernel_name="python3", resources=resources, config=config)
-    client.execute(env={**os.environ, "DRS_STUDY_DIR": str(study_dir)})
+    # When it is shut down a kernel may complain of its own unfinished tasks: what it says counts where a cell fails.
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        try:
+            client.execute(env={**os.environ, "DRS_STUDY_DIR": str(study_dir)}, stderr=said)
+        except Exception:
+            said.seek(0)
+            sys.stderr.write(said.read())
+            raise
 
 
 def main() -> int:
