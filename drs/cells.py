@@ -48,6 +48,7 @@ class Cell:
         objectives: What an adaptive attack climbs on this run.
         source: The run that a transfer attack is made on.
         after: The cells before it whose fallen samples it leaves alone.
+        tf32: Whether its attack may search in TF32.
     """
 
     run: RunFolder
@@ -61,6 +62,7 @@ class Cell:
     objectives: tuple[str, ...] = ()
     source: RunFolder | None = None
     after: "tuple[Cell, ...]" = ()
+    tf32: bool = False
 
     @property
     def title(self) -> str:
@@ -117,7 +119,11 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
         bounds = (decisive_epsilons if attack.decisive else suite_epsilons)(suite, data, attack.norm)
         for epsilon in bounds if is_bounded(attack) else [UNBOUNDED]:
             after = tuple(cell for cell in cells if _precedes(cell, attack, epsilon)) if attack.standing_only else ()
-            cells.append(_cell(run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after))
+            cells.append(
+                _cell(
+                    run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after, tf32=suite.tf32
+                )
+            )  # fmt: skip
     if suite.sanity is not None:
         epsilon = decisive_epsilons(suite, data, "linf")[0]
         n = min(suite.sanity.n_samples, suite_samples(suite, data))
@@ -176,6 +182,7 @@ def _cell(
     *,
     source: RunFolder | None = None,
     after: tuple[Cell, ...] = (),
+    tf32: bool = False,
 ) -> Cell:
     content: dict[str, Any] = {"data": train.data.name, "n": n}
     objectives: tuple[str, ...] = ()
@@ -191,9 +198,11 @@ def _cell(
         content["source"] = source.run_id
     if after:
         content["after"] = [cell.path.name for cell in after]
+    if tf32:  # not named where it is off, so that cells from before there was a choice keep their names
+        content["tf32"] = True
     label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
     path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
-    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after)
+    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after, tf32)
 
 
 @functools.cache

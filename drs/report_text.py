@@ -244,6 +244,11 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
         )
         if len(halved) > MOST_RUNS:
             parts.append(f"The other {len(halved) - MOST_RUNS} are in provenance.json.")
+    if provenance.get("tf32"):
+        parts.append(
+            "Attacks searched in TF32 where the card has it, and may be weaker for it; what they found was judged in "
+            "float32, and so were the sanity checks."
+        )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")
     return "\n\n".join(parts)

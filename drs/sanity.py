@@ -40,7 +40,7 @@ def sanity_rows(planned: list[Cell], arrays: Arrays) -> list[dict[str, Any]]:
     found = arrays[cell.path]
     names = json.loads(str(found["about"]))["probes"]
     probes = {name: found["standing"][row] for name, row in zip(names, range(len(names)), strict=True)}
-    figures = _probe_figures(probes, found["gradient_norm"]) | _cell_figures(cell, planned, arrays)
+    figures = probe_figures(probes, found["gradient_norm"]) | _cell_figures(cell, planned, arrays)
     figures["falls_with_epsilon"] = _fall(planned, arrays, probes)
     rows = []
     for name, check in CHECKS.items():
@@ -62,7 +62,7 @@ def failed_checks(rows: list[dict[str, Any]]) -> str:
 Figure = tuple[float, int, str]
 
 
-def _probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> dict[str, Figure]:
+def probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> dict[str, Figure]:
     n = len(probes["clean"])
     accuracy = {name: float(standing.mean()) for name, standing in probes.items()}
 

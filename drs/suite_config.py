@@ -28,6 +28,9 @@ class SuiteConfig:
         n_decisive: Like ``n_samples``, for the attacks at the decisive epsilons and for the worst case; a data set
             without one uses ``n_samples``.
         sanity: The checks that every model goes through, or null for none.
+        tf32: Whether attacks may search in TF32 where a card has it, which is several times as fast and can make them
+            weaker; what they find is judged in float32, and the sanity checks are in float32 altogether. Part of a
+            result's identity.
     """
 
     name: str
@@ -40,6 +43,7 @@ class SuiteConfig:
     decisive_epsilons: dict[str, Any] = field(default_factory=dict)
     n_decisive: dict[str, int] = field(default_factory=dict)
     sanity: Any = None
+    tf32: bool = False
 
 
 @dataclass(frozen=True)

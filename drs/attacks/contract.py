@@ -1,9 +1,10 @@
 """What every attack must keep, checked on every batch.
 
 Pixels in [0,1] and a model in eval mode go in; what comes back is finite, inside [0,1] and, for an attack with a
-bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, and leave the model's
-modes, its gradients and every random generator as they were. A gradient that is not finite is an error: its sign is 0,
-so the model would look robust. An exception inside an attack is never swallowed.
+bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, unless an attack is
+asked to search in TF32; its predictions are in float32 even then. Attacks leave the model's modes, its gradients and
+every random generator as they were. A gradient that is not finite is an error: its sign is 0, so the model would look
+robust. An exception inside an attack is never swallowed.
 """
 
 import math
@@ -105,8 +106,15 @@ def check_eval_mode(model: nn.Module) -> None:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Switch TF32 off; an image on the decision boundary would be judged by its rounding, some 1e-3 of a logit."""
+    with _tensor_cores(False):
+        yield
+
+
+@contextmanager
+def _tensor_cores(tf32: bool) -> Iterator[None]:
+    """Let a card compute products and convolutions of float32 numbers in TF32, or not; elsewhere it changes nothing."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
@@ -176,8 +184,8 @@ def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm:
 
 
 @contextmanager
-def seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed the randomness and freeze the weights, in float32 with TF32 off; restore all of it, and the modes."""
+def seeded(model: nn.Module, seed: int, tf32: bool = False) -> Iterator[None]:
+    """Seed the randomness and freeze the weights, in float32 with TF32 off or on; restore all of it, and the modes."""
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -185,7 +193,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
         torch.random.fork_rng(devices=devices),
         torch.enable_grad(),
         torch.autocast(_device_type(model), enabled=False),
-        full_precision(),
+        _tensor_cores(tf32),
     ):
         torch.manual_seed(seed)
         for parameter in flags:
@@ -200,13 +208,13 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int) -> Iterator[None]:
+def isolated(model: nn.Module, seed: int, tf32: bool = False) -> Iterator[None]:
     """Do as ``seeded`` does, and watch the gradients.
 
     Raises:
         UserError: From inside the attack, where the gradient for an image is not finite.
     """
-    with seeded(model, seed):
+    with seeded(model, seed, tf32):
         watch = model.register_forward_pre_hook(watch_gradient)
         try:
             yield
@@ -283,6 +291,7 @@ def run_attack(
     seed: int = 0,
     on_batch: Callable[[int], None] | None = None,
     clean: CleanLogits | None = None,
+    tf32: bool = False,
 ) -> AttackOutcome:
     """Attack the samples the model gets right; the others are failures already and keep their clean logits.
 
@@ -296,6 +305,8 @@ def run_attack(
         seed: Each batch is seeded with it and the position of its first sample.
         on_batch: Called with the number of samples just finished.
         clean: Of this model and these images, where several attacks share them.
+        tf32: Whether the attack may search in TF32 where a card has it. Its images are judged in float32 in any case:
+            none falls that does not fool the model, but one that fools it in TF32 alone is given up too early.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
@@ -317,7 +328,7 @@ def run_attack(
         standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
         distance = torch.zeros(len(pixels), dtype=torch.float64)
         if len(standing):
-            with isolated(model, seed + start):
+            with isolated(model, seed + start, tf32):
                 adversarial = attack.perturb(model, pixels[standing].clone(), truth[standing], epsilon).detach()
             moved = check_adversarial(pixels[standing], adversarial, epsilon, attack.norm, attack.name)
             logits[standing] = predict(model, adversarial, f"adversarial images of {attack.name}")
