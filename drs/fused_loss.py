@@ -4,8 +4,13 @@ With s = log_softmax(z), p = exp(s), m the mean of s over the K-1 non-label clas
 the label, the loss of a batch is ``a mean_i CE_i + b sum_i sum_j d_ij^2``. The d_ij of a sample sum to zero, so the
 gradient of its penalty with respect to the logits is ``2 b d_ij`` alone, and that of the whole is
 ``a / B (p_ij - [j = y_i]) + 2 b d_ij``. Autograd finds the same in several times as many passes over [B, K] tensors.
+
+On a card one kernel computes both; see ``drs.triton_loss``. Elsewhere, and as its reference, there are two forms in
+calls of PyTorch, for few and for many elements.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +22,9 @@ from torch.autograd import Function
 EagerLoss = Callable[[Tensor], Tensor]
 
 FEW_ELEMENTS = 2**15
-"""Logits of at most so many elements take the form of few calls."""
+"""Logits of at most so many elements take the form of few calls, where they do not take Triton's."""
+TRITON = True
+"""Whether logits on a card may take the form in Triton."""
 
 
 def _reads_gradient(gradient: Tensor) -> bool:
@@ -25,7 +32,7 @@ def _reads_gradient(gradient: Tensor) -> bool:
     return gradient.device.type == "cpu"
 
 
-def _again(eager: EagerLoss, logits: Tensor, gradient: Tensor) -> Tensor:
+def again(eager: EagerLoss, logits: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient with respect to the logits in a form that can be differentiated again."""
     with torch.autocast(logits.device.type, enabled=False):
         value = eager(logits)
@@ -65,7 +72,7 @@ class _LossInFewCalls(Function):
         """Return the gradient with respect to the logits."""
         logits, derivative = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(ctx.eager, logits, gradient), None, None, None, None
+            return again(ctx.eager, logits, gradient), None, None, None, None
         # A product even with 1: what is kept must not become the gradient that others go on to change.
         return derivative * gradient, None, None, None, None
 
@@ -92,7 +99,7 @@ class _LossInFewPasses(Function):
         """Return the gradient with respect to the logits."""
         logits, deviations, mean, of_label, index = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(ctx.eager, logits, gradient), None, None, None, None
+            return again(ctx.eager, logits, gradient), None, None, None, None
         factor = float(gradient) if _reads_gradient(gradient) else gradient
         ce_scale = ctx.ce_weight / len(logits) * factor
         result = torch.add(deviations, mean).exp_().mul_(ce_scale)
@@ -103,11 +110,62 @@ class _LossInFewPasses(Function):
         return result.scatter_(1, index, of_label.expm1().mul_(ce_scale)), None, None, None, None
 
 
+def _is_on_current_card(logits: Tensor, labels: Tensor) -> bool:
+    """Return whether both tensors are on the CUDA device on which Triton would run a kernel."""
+    return logits.is_cuda and logits.get_device() == labels.get_device() == torch.cuda.current_device()
+
+
+def _fits_kernel(logits: Tensor, labels: Tensor) -> bool:
+    """Return whether Triton's kernel takes such tensors, as ``drs.triton_loss.value_and_derivative`` has it.
+
+    What it does not take, wrong shapes among them, is left to PyTorch. So is a subclass of ``Tensor``, which may have
+    no memory of its own to read.
+    """
+    return (
+        type(logits) is Tensor
+        and logits.dtype == torch.float32
+        and labels.dtype == torch.int64
+        and logits.dim() == 2
+        and logits.shape[1] > 1
+        and labels.shape == logits.shape[:1]
+        and logits.is_contiguous()
+        and labels.is_contiguous()
+    )
+
+
+@functools.cache
+def _triton_form(classes: int) -> type[Function] | None:
+    """Return the form in Triton for so many classes; None where Triton is missing or, with a warning, does not work."""
+    try:
+        from drs.triton_loss import LossInTriton, probe
+
+        probe(classes)
+    except ImportError:
+        return None
+    except Exception as error:  # of the driver and of each compiler involved
+        reason = " ".join(str(error).split())[:300]
+        warnings.warn(f"DR-softmax runs without its Triton kernel: {type(error).__name__}: {reason}", stacklevel=2)
+        return None
+    return LossInTriton
+
+
+def chosen_form(logits: Tensor, labels: Tensor) -> type[Function]:
+    """Return the autograd function that logits take: Triton's on a card that has it, else one of two by their number.
+
+    Under ``torch.compile``, which makes kernels itself, it is one of the two as well.
+    """
+    if TRITON and not torch.compiler.is_compiling() and _is_on_current_card(logits, labels):
+        form = _triton_form(logits.shape[1]) if _fits_kernel(logits, labels) else None
+        if form is not None:
+            return form
+    return _LossInFewCalls if logits.numel() <= FEW_ELEMENTS else _LossInFewPasses
+
+
 def fused_loss(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
     """Return ``ce_weight * mean_i CE_i + weight * sum_i penalty_i``, the default penalty of ``distribution_penalty``.
 
-    Agrees with ``eager`` but for rounding. Of more than ``FEW_ELEMENTS`` logits, no [B, K] tensor is built beside those
-    that cross-entropy builds; of fewer, one, on the way forward.
+    Agrees with ``eager`` but for rounding. With Triton on a card, and elsewhere of more than ``FEW_ELEMENTS`` logits,
+    no [B, K] tensor is built beside those that cross-entropy builds; of fewer, one, on the way forward.
 
     Args:
         logits: ``[B, K]``, float32 or float64.
@@ -119,6 +177,5 @@ def fused_loss(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: floa
     """
     if not len(labels) or torch._C._are_functorch_transforms_active():
         return eager(logits)
-    form = _LossInFewCalls if logits.numel() <= FEW_ELEMENTS else _LossInFewPasses
-    result: Tensor = form.apply(logits, labels, ce_weight, weight, eager)
+    result: Tensor = chosen_form(logits, labels).apply(logits, labels, ce_weight, weight, eager)
     return result

@@ -42,6 +42,7 @@ def test_loss_rows_count_no_tensor_beyond_one() -> None:
     assert {(row.device, row.threads) for row in (timed, memory, *tried)} == {("cpu", 7)}
     assert memory.ratio is not None and -1 < memory.ratio <= 1.2  # beside [B, K] there are a few [B] tensors
     assert [row.ours for row in tried] == ["DR-softmax in few passes", PLAIN]
+    assert not timed.note and "Triton" not in tried[0].note + timed.reason
     assert all(row.tried and row.ratio and row.theirs_median == timed.theirs_median for row in tried)
 
 
@@ -95,19 +96,40 @@ def test_nothing_stays_behind_a_run() -> None:
     assert len(gradients) == 1 and logits.grad is None
 
 
-def test_the_other_form_is_the_one_not_taken() -> None:
+class _Kernel(fused_loss._LossInFewCalls):
+    """Stands in for the form in Triton."""
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have float32 logits take the stand-in, as on a card."""
+    monkeypatch.setattr(fused_loss, "_is_on_current_card", lambda logits, labels: True)
+    monkeypatch.setattr(fused_loss, "_triton_form", lambda classes: _Kernel)
+
+
+def _names_of_other_forms(batch: int) -> list[str]:
+    """Check each of the other forms of the loss at a size, and return their names."""
     loss = DRSoftmaxLoss()
-    for batch, name, form in (
-        (4, "DR-softmax in few passes", "_LossInFewPasses"),
-        (fused_loss.FEW_ELEMENTS // 4 + 1, "DR-softmax in few calls", "_LossInFewCalls"),
-    ):
-        logits, labels = torch.randn(batch, 4, requires_grad=True), torch.zeros(batch, dtype=torch.int64)
-        found, value = losses._other_form(loss, logits.numel())
-        before = fused_loss.FEW_ELEMENTS
+    logits, labels = torch.randn(batch, 4, requires_grad=True), torch.zeros(batch, dtype=torch.int64)
+    others = losses._other_forms(loss, logits, labels)
+    for name, value in others.items():
+        before = fused_loss.FEW_ELEMENTS, fused_loss.TRITON
         result = value(logits, labels)
-        assert (found, type(result.grad_fn).__name__) == (name, f"{form}Backward")
-        assert before == fused_loss.FEW_ELEMENTS
+        assert type(result.grad_fn).__name__ == f"{losses.IN_CALLS[name].__name__}Backward"
+        assert before == (fused_loss.FEW_ELEMENTS, fused_loss.TRITON)
         torch.testing.assert_close(result, loss(logits, labels))
+    return list(others)
+
+
+def test_the_other_form_is_the_one_not_taken() -> None:
+    assert _names_of_other_forms(4) == ["DR-softmax in few passes"]
+    assert _names_of_other_forms(fused_loss.FEW_ELEMENTS // 4 + 1) == ["DR-softmax in few calls"]
+
+
+@pytest.mark.usefixtures("triton")
+def test_beside_the_kernel_both_forms_in_calls_are_others() -> None:
+    for batch in (4, fused_loss.FEW_ELEMENTS // 4 + 1):
+        assert _names_of_other_forms(batch) == ["DR-softmax in few calls", "DR-softmax in few passes"]
 
 
 def test_the_reason_is_what_the_copies_say() -> None:
@@ -115,6 +137,9 @@ def test_the_reason_is_what_the_copies_say() -> None:
     assert "5e+03 µs, to copy a single number 2 µs" in many
     assert "calls of PyTorch" in few and "passes over" not in few
     assert "passes over [B, K]" in many and "calls of PyTorch" not in many
+    few, many = losses._why_missed(2e-6, 3e-6, triton=True), losses._why_missed(2e-6, 5e-3, triton=True)
+    assert "it is calls" in few and "one kernel, which Triton launches" in few and "either form" not in few
+    assert "it is memory" in many and "The kernel reads" in many and "an operation of PyTorch on its own" not in many
 
 
 @pytest.mark.usefixtures("compiled")
@@ -217,9 +242,9 @@ def test_peak_bytes_of_a_cpu_are_of_tensors() -> None:
     assert peak_bytes(lambda: torch.empty(100) + 1, "cpu") == 800
 
 
-@pytest.mark.usefixtures("shapes")
-def test_on_a_card_everything_is_asked_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``Tensor.to`` and the card's own functions replaced, the rows of a card can be made on a CPU."""
+@pytest.fixture
+def card(shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the rows of a card made on a CPU: ``Tensor.to`` and the card's own functions are replaced."""
     peaks = iter([4 * 800 * 5, 4 * 800 * 3])  # ours and theirs
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -228,11 +253,34 @@ def test_on_a_card_everything_is_asked_of_the_card(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("shutil.which", {}.get)
+
+
+@pytest.mark.usefixtures("card")
+def test_on_a_card_everything_is_asked_of_the_card() -> None:
     timed, memory, *tried = loss_rows("cuda")
     assert memory.ratio == 2 and "the card's allocator" in memory.note
     assert [row.ours for row in tried] == ["DR-softmax in few passes", PLAIN, COMPILED]
     assert tried[-1].ratio is not None, "on a card nobody asks for a C++ compiler"
     assert {(row.device, row.threads) for row in (timed, memory, *tried)} == {("cuda", 1)}
+    assert "Triton is missing" in timed.note and "without Triton" not in tried[0].note
+
+
+@pytest.mark.usefixtures("card", "triton")
+def test_on_a_card_the_kernel_is_measured_and_the_forms_in_calls_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = _numbered(
+        monkeypatch, dict.fromkeys(["one", "copy", "DR", "CE", "calls", "passes", "plain", "c"], 1e-6)
+    )
+    called: list[str] = []
+    for form in (_Kernel, *losses.IN_CALLS.values()):
+        monkeypatch.setattr(form, "apply", lambda *given, form=form: called.append(form.__name__) or given[0].sum())
+    timed, _, *tried = loss_rows("cuda")
+    assert [row.ours for row in tried] == [*losses.IN_CALLS, PLAIN, COMPILED]
+    assert timed.note.startswith("one kernel in Triton") and "which Triton launches" in timed.reason
+    assert all("takes, without Triton, its form of few calls" in row.note for row in tried[:2])
+    called.clear()
+    for function in functions[2:6]:
+        function()
+    assert called == ["_Kernel", "_LossInFewCalls", "_LossInFewPasses"]
 
 
 def test_the_step_is_worded_and_bounded_for_its_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
 """The loss with its closed-form gradient against the same loss in plain operations."""
 
 import itertools
+import sys
+import types
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_losses import LargeTensors, random_case
 
-from drs.fused_loss import FEW_ELEMENTS, _reads_gradient, fused_loss
+from drs import fused_loss as module
+from drs.fused_loss import FEW_ELEMENTS, _reads_gradient, chosen_form, fused_loss
 from drs.losses import DRSoftmaxLoss
 
 SWITCHES = list(itertools.product(["non_label", "all_classes"], ["sum", "mean"]))
@@ -159,3 +163,78 @@ def test_the_size_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         logits, labels = torch.randn(batch, 8, requires_grad=True), torch.randint(8, (batch,))
         assert type(DRSoftmaxLoss()(logits, labels).grad_fn).__name__ == name
+
+
+class _Kernel(module._LossInFewCalls):
+    """Stands in for the form in Triton."""
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all tensors count as those of a card on which Triton's kernel runs."""
+    monkeypatch.setattr(module, "_is_on_current_card", lambda logits, labels: True)
+    monkeypatch.setattr(module, "_triton_form", lambda classes: _Kernel)
+
+
+@pytest.mark.usefixtures("on_card")
+def test_a_card_takes_the_kernel_for_what_fits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    assert chosen_form(logits, labels) is _Kernel
+    assert chosen_form(logits[:, :2].contiguous().requires_grad_(), labels) is _Kernel
+    for bad in (
+        logits.double(), logits.bfloat16(), logits.t().contiguous().t(), logits[:, :3], logits[:, :1].contiguous(),
+        logits[:3], logits[..., None], torch.nn.Parameter(logits),
+    ):  # fmt: skip
+        assert chosen_form(bad, labels) is not _Kernel
+    for bad_labels in (labels.int(), labels[:3], labels[:, None], torch.zeros(8, dtype=torch.int64)[::2]):
+        assert chosen_form(logits, bad_labels) is not _Kernel
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen_form(logits, labels) is not _Kernel
+
+
+@pytest.mark.usefixtures("on_card")
+def test_the_kernel_may_be_ruled_out_or_missing(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    logits, labels = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    expected = module._LossInFewCalls if form == "few calls" else module._LossInFewPasses
+    monkeypatch.setattr(module, "_triton_form", lambda classes: None)
+    assert chosen_form(logits, labels) is expected
+    monkeypatch.setattr(module, "_triton_form", lambda classes: _Kernel)
+    monkeypatch.setattr(module, "TRITON", False)
+    assert chosen_form(logits, labels) is expected
+
+
+@pytest.mark.usefixtures("on_card")
+def test_a_card_leaves_an_empty_batch_and_transforms_to_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Kernel, "apply", None)
+    loss = DRSoftmaxLoss()
+    loss.validate = False
+    assert loss(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)).shape == ()
+    logits, labels = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    expected = value_and_gradient(lambda z: loss.eager(z, labels), logits)[1]
+    torch.testing.assert_close(torch.func.grad(loss)(logits, labels), expected)
+
+
+@pytest.mark.parametrize("fault", ["no triton", "no kernel", "none"])
+def test_a_kernel_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    def probe(classes: int) -> None:
+        assert classes == 10
+        if fault == "no kernel":
+            raise RuntimeError("Failed to find C compiler.\n Please specify it")
+
+    stand_in = types.SimpleNamespace(LossInTriton=_Kernel, probe=probe)
+    monkeypatch.setitem(sys.modules, "drs.triton_loss", None if fault == "no triton" else stand_in)
+    ask = module._triton_form.__wrapped__  # beside what this process keeps
+    if fault == "no kernel":
+        with pytest.warns(UserWarning, match="without its Triton kernel: RuntimeError: Failed to find C compiler. Pl"):
+            assert ask(10) is None
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # without Triton there is nothing to warn of
+        assert ask(10) is (_Kernel if fault == "none" else None)
+
+
+def test_a_cpu_asks_for_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_triton_form", None)
+    monkeypatch.setattr(torch.cuda, "current_device", None)
+    logits, labels = random_case()
+    DRSoftmaxLoss()(logits.float().requires_grad_(), labels).backward()

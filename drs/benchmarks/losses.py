@@ -30,6 +30,11 @@ STEP_PAIRS = 150
 STEP_TARGET = 1.02
 PLAIN = "DR-softmax in plain operations"
 COMPILED = f"{PLAIN}, compiled"
+IN_CALLS = {
+    "DR-softmax in few calls": fused_loss._LossInFewCalls,
+    "DR-softmax in few passes": fused_loss._LossInFewPasses,
+}
+"""The forms of the loss in calls of PyTorch, by name."""
 
 
 def loss_rows(device: str = "cpu") -> Iterator[Row]:
@@ -45,8 +50,9 @@ def _shape_rows(batch: int, classes: int, repeats: int, device: str) -> Iterator
     labels = torch.randint(classes, (batch,)).to(device)
     loss = DRSoftmaxLoss()
     loss.validate = False  # as in training
-    form, other = _other_form(loss, logits.numel())
-    values: dict[str, Value] = {"DR-softmax": loss, "cross-entropy": F.cross_entropy, form: other, PLAIN: loss.eager}
+    others = _other_forms(loss, logits, labels)
+    triton = len(others) == len(IN_CALLS)
+    values: dict[str, Value] = {"DR-softmax": loss, "cross-entropy": F.cross_entropy, **others, PLAIN: loss.eager}
     failure = ""
     if device == "cuda" or (batch, classes) in COMPILED_ON_CPU:
         compiled, failure = _compiled(loss, logits, labels, device)
@@ -61,15 +67,19 @@ def _shape_rows(batch: int, classes: int, repeats: int, device: str) -> Iterator
         "loss", f"forward and backward, {batch} x {classes}", "DR-softmax", "cross-entropy", "ms",
         1e3 * float(np.median(taken["DR-softmax"])), 1e3 * float(np.median(taken["cross-entropy"])),
         *ratio_of_medians(taken["DR-softmax"], taken["cross-entropy"]), repeats, "<= 2", device,
-        torch.get_num_threads() if device == "cpu" else 1, least=1e3 * copy, reason=_why_missed(call, copy),
+        torch.get_num_threads() if device == "cpu" else 1, least=1e3 * copy, reason=_why_missed(call, copy, triton),
+        note="" if device == "cpu" else _form_on_card(triton),
         floor="a copy of the logits into memory at hand, timed in turn: it too reads [B, K] once and writes it once",
     )  # fmt: skip
     yield row
     yield _memory_row(row, runs["DR-softmax"], runs["cross-entropy"], batch, classes)
     tried = replace(row, target="", tried=True, floor="", reason="")
     notes = {
-        form: f"up to {fused_loss.FEW_ELEMENTS} logits the loss takes its form of few calls, which makes one [B, K] "
-        "tensor more on the way forward; beyond that the one of few passes",
+        **dict.fromkeys(
+            others,
+            f"up to {fused_loss.FEW_ELEMENTS} logits the loss takes{', without Triton,' if triton else ''} its form of "
+            "few calls, which makes one [B, K] tensor more on the way forward; beyond that the one of few passes",
+        ),
         PLAIN: "the loss before it was fused, its gradient left to autograd",
         COMPILED: "through torch.compile for this shape; the time to compile is not counted",
     }
@@ -93,19 +103,38 @@ def _copy_of(source: Tensor) -> Callable[[], object]:
     return partial(torch.empty_like(source).copy_, source)
 
 
-def _other_form(loss: DRSoftmaxLoss, elements: int) -> tuple[str, Value]:
-    """Return name and function of that of the two forms of the loss that it does not take at this size."""
-    few = elements <= fused_loss.FEW_ELEMENTS
-    limit = 0 if few else elements
+def _other_forms(loss: DRSoftmaxLoss, logits: Tensor, labels: Tensor) -> dict[str, Value]:
+    """Return by name those forms of the loss in calls of PyTorch that it does not take; both, where it takes Triton's.
+
+    Which one it takes depends on the device and the number of the logits.
+    """
+    taken = fused_loss.chosen_form(logits, labels)
+    limits = dict(zip(IN_CALLS, (logits.numel(), 0), strict=True))
+    return {name: _in_calls(loss, limits[name]) for name, form in IN_CALLS.items() if form is not taken}
+
+
+def _in_calls(loss: DRSoftmaxLoss, limit: int) -> Value:
+    """Return the loss without Triton, in few calls for at most so many logits and in few passes for more."""
 
     def value(logits: Tensor, labels: Tensor) -> Tensor:
-        before, fused_loss.FEW_ELEMENTS = fused_loss.FEW_ELEMENTS, limit
+        before = fused_loss.FEW_ELEMENTS, fused_loss.TRITON
+        fused_loss.FEW_ELEMENTS, fused_loss.TRITON = limit, False
         try:
             return loss(logits, labels)
         finally:
-            fused_loss.FEW_ELEMENTS = before
+            fused_loss.FEW_ELEMENTS, fused_loss.TRITON = before
 
-    return f"DR-softmax in few {'passes' if few else 'calls'}", value
+    return value
+
+
+def _form_on_card(triton: bool) -> str:
+    """Return in words what the loss is on a card."""
+    if not triton:
+        return "a form in calls of PyTorch: Triton is missing, or its kernel does not run here"
+    return (
+        "one kernel in Triton for the value and its gradient; a sum over the kernel's programs follows where there are "
+        "several, and on the way back a product with the incoming gradient"
+    )
 
 
 def _compiled(loss: DRSoftmaxLoss, logits: Tensor, labels: Tensor, device: str) -> tuple[Value | None, str]:
@@ -124,14 +153,17 @@ def _compiled(loss: DRSoftmaxLoss, logits: Tensor, labels: Tensor, device: str) 
     return value, ""
 
 
-def _why_missed(call: float, copy: float) -> str:
+def _why_missed(call: float, copy: float, triton: bool = False) -> str:
     """Return why a loss alone would miss its target.
 
     Args:
         call: Seconds that it takes to copy a single number, which is those of a call.
         copy: Seconds that it takes to copy the logits.
+        triton: Whether the loss is Triton's kernel, and not calls of PyTorch.
     """
     measured = f"To copy the logits takes {1e6 * copy:.3g} µs, to copy a single number {1e6 * call:.3g} µs: "
+    if triton:
+        return measured + _why_kernel_missed(calls=copy < 2 * call)
     if copy < 2 * call:
         return measured + (
             "at this size it is calls of PyTorch that take the time. Cross-entropy is two of them in each direction, "
@@ -142,6 +174,21 @@ def _why_missed(call: float, copy: float) -> str:
         "at this size it is passes over [B, K] that take the time. Beside the log-softmax, which both losses have, "
         "DR-softmax makes passes for the mean, for the deviations and for their length, and on the way back for the "
         "exponential and for the sum of two gradients; each is an operation of PyTorch on its own."
+    )
+
+
+def _why_kernel_missed(calls: bool) -> str:
+    """Return why Triton's kernel would miss its target, where it is calls that take the time and where it is memory."""
+    if calls:
+        return (
+            "at this size it is calls that take the time. Cross-entropy is two calls of PyTorch in each direction, "
+            "with a gradient in C++. DR-softmax is one kernel, which Triton launches from Python, a sum where several "
+            "programs share the rows, and on the way back a product that is called from Python as well."
+        )
+    return (
+        "at this size it is memory that takes the time. The kernel reads the logits, twice where a row is longer than "
+        "a program holds, and writes their gradient; the way back reads that and writes its product with the incoming "
+        "gradient."
     )
 
 
