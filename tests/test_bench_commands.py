@@ -27,7 +27,7 @@ from drs.benchmarks.cards import (
     speedrun_rows,
     train_in_turn,
 )
-from drs.benchmarks.commands import count_models, seconds_of, strong_row, studies_row, study_commands
+from drs.benchmarks.commands import count_models, precision_row, seconds_of, strong_row, studies_row, study_commands
 from drs.benchmarks.harness import Machine, Row
 from drs.benchmarks.report import TITLES, read_provenance, read_rows
 from drs.benchmarks.sections import sections
@@ -188,17 +188,15 @@ def test_sections_of_a_card_run_on_a_processor(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(gpu, name, 2)
     assert [row.verdict for row in gpu.speedrun_section(MACHINE)] == ["missed", "not measured"]
     assert [row.verdict for row in gpu.sharing_section(MACHINE)] == ["not measured"]
-    real = gpu.seconds_packed
 
-    def packed(*arguments: Any, compiled: bool = False) -> float:
-        if compiled:  # which takes long, and a way that fails has its row too
-            raise RuntimeError("no compiler")
-        return real(*arguments)
+    def packed(*_: Any) -> float:
+        raise RuntimeError("no memory")
 
     monkeypatch.setattr(gpu, "seconds_packed", packed)
-    rows = list(gpu.lenets_section(MACHINE))
-    assert [row.verdict for row in rows] == ["", "not measured", "", "", "met"]
-    assert [row.ours for row in rows if row.ours_median is None] == ["packed and compiled"]
+    graphs, failed, best = gpu.lenets_section(MACHINE)
+    assert [row.verdict for row in (graphs, failed, best)] == ["", "not measured", "met"]
+    assert failed.ours == "packed through torch.func" and failed.note == "it failed: no memory"
+    assert best.ours == graphs.ours == "side by side in CUDA graphs" and "mean test accuracy of 2 models" in best.note
 
 
 @pytest.mark.slow
@@ -206,3 +204,16 @@ def test_strong_suite_is_timed_as_a_whole(tmp_path: Path) -> None:
     row = strong_row("strong", [*DIGITS, "epochs=3"], os.environ, tmp_path, samples=20, bound=1e4, device="cpu")
     assert row.verdict == "met" and row.case == "strong suite, one mlp on digits, 20 images"
     assert (tmp_path / "strong" / "REPORT.md").exists()
+    beside = precision_row(row, os.environ, tmp_path, data="digits", samples=20, settings=["workers=1"])
+    assert beside.tried and beside.case == row.case and beside.ratio is not None
+    assert "differ by +0.0 to +0.0 points" in beside.note  # a CPU has no TF32
+    assert len(list(tmp_path.glob("strong/runs/*/eval/pgd@0.1-*.npz"))) == 2, "each precision has cells of its own"
+
+
+def test_strong_suite_that_takes_too_long_is_stopped_and_misses(tmp_path: Path) -> None:
+    training = [*DIGITS, "epochs=1", "data.train_samples=64"]
+    row = strong_row(
+        "strong", training, os.environ, tmp_path, samples=20, bound=10, device="cpu", settings=["workers=1"], within=0.2
+    )
+    assert row.ours_median == 0.2 and row.verdict == "missed"
+    assert row.note.endswith("workers=1; stopped after 0.2 s")

@@ -1,5 +1,7 @@
-"""Models packed into one batch against models trained one by one, and the rows of sweeps. No time is tested."""
+"""Models packed into one batch against models trained one by one, and the rows of sweeps. No real time is tested."""
 
+import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -13,12 +15,15 @@ import torch
 from conftest import compose_train
 
 from drs.benchmarks import packing
-from drs.benchmarks.packing import fit_packed, warm_up
-from drs.benchmarks.sweeps import PACKED, WAYS, packing_rows, worker_rows
+from drs.benchmarks.cards import Timing, accuracy_on, lenet_rows, seconds_graphed, seconds_packed
+from drs.benchmarks.graphs import fit_graphed
+from drs.benchmarks.packing import Fit, TooSlow, fit_packed, warm_up
+from drs.benchmarks.sweeps import COMPILED, GRAPHED, PACKED, WAYS, packing_rows, worker_rows
 from drs.benchmarks.waiting import WAITS, waiting_rows
 from drs.config import TrainConfig
-from drs.data import LabelledImages
+from drs.data import LabelledImages, load_split
 from drs.errors import UserError
+from drs.filling import load_test
 from drs.training import fit
 
 CPU = torch.device("cpu")
@@ -77,7 +82,7 @@ def test_compiled_gradients_give_the_same_models(few: LabelledImages, compiled_w
     compiled_with(EAGER)
     configs = two("model=mlp")
     plain = weights_of(fit_packed(configs, few, CPU))
-    assert warm_up(configs, few, CPU, compiled=True) > 0
+    assert warm_up(functools.partial(fit_packed, compiled=True), configs, few, CPU) > 0
     assert [config.epochs for config in configs] == [2, 2]  # what is thrown away leaves the configs alone
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert compiled >= 1
@@ -193,17 +198,25 @@ def test_packing_rows_beside_trainings_in_turn(
     assert (row.ours, row.device, row.case) == (PACKED, "cpu", "2 trainings of 8 steps of 50 images, mlp")
     assert row.tried and row.ours_median / row.theirs_median == pytest.approx(row.ratio)  # type: ignore[operator]
     monkeypatch.setitem(WAYS, "cpu", WAYS["cuda"])
-    plain, compiled = packing_rows(config, CPU)
-    assert plain.ours == PACKED and compiled.ours.endswith("CUDA graph") and compiled.ratio is not None
-    assert "s to compile" in compiled.note and "compile" not in plain.note
+    graphed, compiled, plain = packing_rows(config, CPU)
+    assert [graphed.ours, compiled.ours, plain.ours] == [GRAPHED, COMPILED, PACKED]
+    assert "those of training it alone" in graphed.note and "computed in groups" in compiled.note
+    assert "s to compile" in compiled.note and "compile" not in plain.note + graphed.note
     torch.compiler.reset()
     compiled_with({"backend": _no_compiler})
-    failed, plain = packing_rows(config, CPU)
-    assert failed.verdict == "not measured" and failed.repeats == 0 and "no compiler here" in failed.note
+
+    def no_graph(*_: Any) -> None:
+        raise RuntimeError("operation not\npermitted when stream is capturing")
+
+    monkeypatch.setattr("drs.benchmarks.sweeps.fit_graphed", no_graph)
+    *failed, plain = packing_rows(config, CPU)
+    assert [row.verdict for row in failed] == ["not measured"] * 2 and {row.repeats for row in failed} == {0}
+    assert failed[0].note == "not captured: operation not permitted when stream is capturing"
+    assert failed[1].note.startswith("not compiled: ") and "no compiler here" in failed[1].note
     assert plain.ours == PACKED and plain.ratio is not None
 
 
-def _no_compiler(*_: Any) -> Any:
+def _no_compiler(*_: Any, **__: Any) -> Any:
     raise FileNotFoundError("no compiler here")
 
 
@@ -226,16 +239,78 @@ def test_a_card_is_warm_before_packing_is_timed(
     monkeypatch.setattr("drs.benchmarks.sweeps.SIZES", (2,))
     monkeypatch.setattr("drs.benchmarks.sweeps.load_split", lambda *_: (few, few))
     monkeypatch.setattr("drs.benchmarks.sweeps.time_in_turn", time_in_turn)
-    for name in ("fit", "fit_packed", "warm_up"):
+    for name in ("fit", "fit_packed", "fit_graphed"):
         monkeypatch.setattr(f"drs.benchmarks.sweeps.{name}", note_down(name))
+    monkeypatch.setattr("drs.benchmarks.sweeps.warm_up", lambda train, *_: done.append(("warm_up", {})) or train() or 1)
     rows = list(packing_rows(compose_train(*SMALL, *ALIKE), torch.device(device)))
     ways = len(WAYS[device])
     assert timed == [(1 + ways, {"warmup": warmup, "device": device})]
-    assert [row.ratio for row in rows] == [1 / 2, 1 / 3][:ways] and {row.device for row in rows} == {device}
-    assert [row.ours_median for row in rows] == [60.0, 40.0][:ways] and {row.theirs_median for row in rows} == {120.0}
-    warm = [("warm_up", {"compiled": True})]
-    runs = [("fit", {}), ("fit", {}), ("fit_packed", {"compiled": False}), ("fit_packed", {"compiled": True})]
-    assert done == [*warm, *runs] if device == "cuda" else done == runs[:3]
+    assert [row.ratio for row in rows] == [1 / 2, 1 / 3, 1 / 4][:ways] and {row.device for row in rows} == {device}
+    assert [row.ours_median for row in rows] == [60.0, 40.0, 30.0][:ways]
+    assert {row.theirs_median for row in rows} == {120.0}
+    graphed, compiled, plain = (
+        ("fit_graphed", {}),
+        ("fit_packed", {"compiled": True}),
+        ("fit_packed", {"compiled": False}),
+    )
+    in_turn = [("fit", {})] * 2
+    if device == "cuda":
+        assert done == [("warm_up", {}), graphed, ("warm_up", {}), compiled, *in_turn, graphed, compiled, plain]
+    else:
+        assert done == [*in_turn, plain]
+
+
+@pytest.mark.parametrize("train", [fit_packed, fit_graphed])
+def test_a_training_ends_early_where_its_pace_is_hopeless(
+    few: LabelledImages, monkeypatch: pytest.MonkeyPatch, train: Fit
+) -> None:
+    configs = two("model=mlp", "epochs=6")  # of 4 steps
+    clock = iter(range(0, 1000, 9))
+    monkeypatch.setattr("drs.benchmarks.packing.time.perf_counter", lambda: float(next(clock)))
+    with pytest.raises(TooSlow) as error:  # 9 s between steps 2 and 20
+        train(configs, few, CPU, pace=packing.Pace(11, CPU))
+    assert str(error.value) == "projected from its first 20 steps: 12 s, not run to the end"
+    assert len(train(configs, few, CPU, pace=packing.Pace(13, CPU))) == 2
+
+
+@pytest.mark.parametrize("seconds_of", [seconds_graphed, seconds_packed])
+def test_many_trainings_are_timed_with_seeds_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds_of: Any
+) -> None:
+    config = compose_train(*SMALL, *ALIKE, "data.train_samples=200", "epochs=6", f"data.cache={tmp_path}")
+    timing = seconds_of(config, 2, CPU)
+    assert timing.seconds > 0 and config.seed == 0
+    training = load_split(config.data, CPU)[0]
+    for seed, model in enumerate(timing.models):
+        config.seed = seed
+        plain = fit(config, training, training.first(0), CPU)[0]
+        for one, other in zip(weights_of([model]), weights_of([plain]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TooSlow):
+        seconds_of(config, 2, CPU, 0.0)
+
+
+def test_lenets_trained_wrongly_or_too_slowly_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_train(*SMALL, *ALIKE, "epochs=1", f"data.cache={tmp_path}")
+    model = fit(config, *load_split(config.data, CPU), CPU)[0]
+    accuracy = 100 * accuracy_on(model, load_test(config.data, None, CPU)[0])
+    broken = copy.deepcopy(model)
+    for weights in broken.parameters():
+        weights.data.zero_()  # always of class 0
+
+    def stopped() -> float:
+        raise TooSlow("projected from its first 20 steps: 700 s, not run to the end")
+
+    ways = {"right": lambda: Timing(9.0, [model] * 2), "slow": stopped, "wrong": lambda: Timing(3.0, [model, broken])}
+    right, slow, wrong, best = lenet_rows(config, 2, 60, "cpu", ways)  # type: ignore[arg-type]
+    assert slow.verdict == "not measured" and slow.note.startswith("projected from its first 20 steps: 700 s")
+    assert right.note == f"mean test accuracy of 2 models {accuracy:.2f} %, sd 0.00 points"
+    zeros = 100 * float((load_test(config.data, None, CPU)[0].labels == 0).float().mean())
+    spread = np.std([accuracy, zeros], ddof=1)
+    assert f"{(accuracy + zeros) / 2:.2f} %, sd {spread:.2f} points" in wrong.note
+    assert (best.ours, best.ours_median, best.verdict) == ("wrong", 3.0, "met") and wrong.note in best.note
+    *_, nothing = lenet_rows(config, 2, 60, "cpu", {"slow": stopped})
+    assert nothing.verdict == "not measured" and nothing.note == "nothing of what was tried ended"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

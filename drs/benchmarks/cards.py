@@ -5,6 +5,7 @@ airbench is the PyPI package of Keller Jordan ("94% on CIFAR-10 in 3.29 Seconds 
 
 import contextlib
 import copy
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from drs.benchmarks.graphs import fit_graphed
 from drs.benchmarks.harness import Row, ratio_of_medians
-from drs.benchmarks.packing import fit_packed, warm_up
+from drs.benchmarks.packing import Fit, Pace, fit_packed, warm_up
 from drs.config import TrainConfig, project_path
 from drs.data import LabelledImages, load_arrays, load_split
 from drs.filling import load_test
@@ -38,10 +40,12 @@ class Recipe:
     Attributes:
         prepare: Takes a seed and returns the training, which returns a model; only the latter is timed.
         accuracy: Of a model on the test images, a share.
+        warm_up: What has to run once before a training is timed; None for a whole training.
     """
 
     prepare: Callable[[int], Callable[[], nn.Module]]
     accuracy: Callable[[nn.Module], float]
+    warm_up: Callable[[], object] | None = None
 
 
 def our_recipe(config: TrainConfig, device: torch.device) -> Recipe:
@@ -49,12 +53,12 @@ def our_recipe(config: TrainConfig, device: torch.device) -> Recipe:
     training, validation = load_split(config.data, device)
     test, _ = load_test(config.data, None, device)
 
-    def prepare(seed: int) -> Callable[[], nn.Module]:
+    def prepare(seed: int, epochs: int = config.epochs) -> Callable[[], nn.Module]:
         chosen = copy.deepcopy(config)
-        chosen.seed = seed
+        chosen.seed, chosen.epochs = seed, epochs
         return lambda: fit(chosen, training, validation.first(0), device)[0]
 
-    return Recipe(prepare, lambda model: accuracy_on(model, test))
+    return Recipe(prepare, lambda model: accuracy_on(model, test), prepare(0, epochs=1))
 
 
 def airbench_recipe(folder: Path, config: TrainConfig) -> Recipe:
@@ -109,18 +113,19 @@ def chosen_algorithms(*, by_trial: bool | None = None) -> Iterator[None]:
 
 
 def train_in_turn(recipes: Sequence[Recipe], device: torch.device, repeats: int) -> list[Trained]:
-    """Train by each recipe at seeds 0 to ``repeats`` - 1, in turn, after a training each that is not counted."""
+    """Train by each recipe at seeds 0 to ``repeats`` - 1, in turn, after a warm-up each that is not counted."""
     seconds, accuracies = np.empty((2, len(recipes), repeats))
-    for repeat in range(-1, repeats):  # the first compiles, and chooses algorithms
+    for recipe in recipes:  # the first steps compile, and choose algorithms
+        (recipe.warm_up or recipe.prepare(0))()
+    for repeat in range(repeats):
         for which in range(len(recipes))[:: 1 if repeat % 2 else -1]:
-            train = recipes[which].prepare(max(repeat, 0))
+            train = recipes[which].prepare(repeat)
             _wait(device)
             began = time.perf_counter()
             model = train()
             _wait(device)
-            if repeat >= 0:
-                seconds[which, repeat] = time.perf_counter() - began
-                accuracies[which, repeat] = recipes[which].accuracy(model)
+            seconds[which, repeat] = time.perf_counter() - began
+            accuracies[which, repeat] = recipes[which].accuracy(model)
     return list(zip(seconds, accuracies, strict=True))
 
 
@@ -191,25 +196,62 @@ def sharing_row(seconds: float, models: int, workers: int, theirs: Trained | Non
     )  # fmt: skip
 
 
-def seconds_packed(config: TrainConfig, models: int, device: torch.device, *, compiled: bool = False) -> float:
-    """Return the seconds of a config's trainings at seeds 0 to ``models`` - 1, all at once, data in memory.
+@dataclass(frozen=True)
+class Timing:
+    """What many trainings took.
 
-    A few steps that warm up, and compile, are not counted.
+    Attributes:
+        seconds: All of them.
+        models: What they made, in eval mode.
     """
+
+    seconds: float
+    models: Sequence[nn.Module]
+
+
+def seconds_packed(
+    config: TrainConfig, models: int, device: torch.device, within: float | None = None, *, compiled: bool = False
+) -> Timing:
+    """Return the seconds of a config's trainings at seeds 0 to ``models`` - 1, as one batch, and their models.
+
+    Args:
+        config: Of each but for its seed.
+        models: How many.
+        device: Of the data, which are in its memory, and of the trainings.
+        within: Seconds that they may take.
+        compiled: Whether the gradient is compiled; that is not counted, nor are the steps that warm up.
+
+    Raises:
+        TooSlow: If the first steps say that they would take longer than ``within``.
+        RuntimeError: If the gradient cannot be compiled.
+    """
+    return _timed(functools.partial(fit_packed, compiled=compiled), config, models, device, within)
+
+
+def seconds_graphed(config: TrainConfig, models: int, device: torch.device, within: float | None = None) -> Timing:
+    """Return the same for trainings side by side in CUDA graphs, whose capture is counted."""
+    return _timed(fit_graphed, config, models, device, within)
+
+
+def _timed(fit_all: Fit, config: TrainConfig, models: int, device: torch.device, within: float | None) -> Timing:
     training, _ = load_split(config.data, device)
     configs = [copy.deepcopy(config) for _ in range(models)]
     for seed, each in enumerate(configs):
         each.seed = seed
-    warm_up(configs, training, device, compiled=compiled)
+    warm_up(fit_all, configs, training, device)
     _wait(device)
     began = time.perf_counter()
-    fit_packed(configs, training, device, compiled=compiled)
+    trained = fit_all(configs, training, device, pace=None if within is None else Pace(within, device))
     _wait(device)
-    return time.perf_counter() - began
+    return Timing(time.perf_counter() - began, trained)
 
 
 def lenet_rows(
-    config: TrainConfig, models: int, bound: float, device: str, ways: Mapping[str, Callable[[], float]]
+    config: TrainConfig,
+    models: int,
+    bound: float,
+    device: str,
+    ways: Mapping[str, Callable[[], Timing | float]],
 ) -> Iterator[Row]:
     """Yield the time of many small trainings in each of some ways, and of the fastest beside a bound in seconds.
 
@@ -218,26 +260,42 @@ def lenet_rows(
         models: How many.
         bound: What is asked for, in seconds.
         device: That they share.
-        ways: The seconds of all of them, by name; each is called once. One that fails is not measured, and the row
-            says why.
+        ways: What all of them take, by name, or only the seconds; each is called once. One that fails or is stopped is
+            not measured, and the row says why. The models' accuracy is not among the seconds.
     """
     case = f"{models} trainings of {config.model.name} on {config.data.name}, {config.epochs} epochs"
-    seconds: dict[str, float] = {}
+    empty = Row(
+        "gpu_lenets", case, "the fastest", f"{bound:g} s", "s", None, bound, None, None, None, 1, "", device,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    best = replace(empty, target="<= 1", note="nothing of what was tried ended")
     for name, measure in ways.items():
-        row = Row(
-            "gpu_lenets", case, name, f"{bound:g} s", "s", None, bound, None, None, None, 1, "", device,
-            torch.get_num_threads(), tried=True,
-        )  # fmt: skip
+        row = replace(empty, ours=name, tried=True)
         try:
-            seconds[name] = measure()
+            outcome = measure()
+        except TimeoutError as error:
+            yield replace(row, note=str(error)[:500])
+            continue
         except Exception as error:
             yield replace(row, note=f"it failed: {' '.join(str(error).split())[:500]}")
             continue
-        ratio = seconds[name] / bound
-        yield replace(row, ours_median=seconds[name], ratio=ratio, low=ratio, high=ratio)
-    best = min(seconds, key=seconds.__getitem__)
-    ratio = seconds[best] / bound
-    yield Row(
-        "gpu_lenets", case, best, f"{bound:g} s", "s", seconds[best], bound, ratio, ratio, ratio, 1, "<= 1", device,
-        torch.get_num_threads(), note="the fastest of what was tried", reason="It is the fastest of what was tried.",
-    )  # fmt: skip
+        timing = outcome if isinstance(outcome, Timing) else Timing(outcome, ())
+        ratio, note = timing.seconds / bound, accuracy_note(timing.models, config, device)
+        yield replace(row, ours_median=timing.seconds, ratio=ratio, low=ratio, high=ratio, note=note)
+        if best.ours_median is None or timing.seconds < best.ours_median:
+            best = replace(
+                best, ours=name, ours_median=timing.seconds, ratio=ratio, low=ratio, high=ratio,
+                note="; ".join(filter(None, ("the fastest of what was tried", note))),
+                reason="It is the fastest of what was tried.",
+            )  # fmt: skip
+    yield best
+
+
+def accuracy_note(models: Sequence[nn.Module], config: TrainConfig, device: str) -> str:
+    """Return the mean test accuracy of some models and its standard deviation, in words; empty for no models."""
+    if not models:
+        return ""
+    test, _ = load_test(config.data, None, torch.device(device))
+    shares = 100 * np.array([accuracy_on(model, test) for model in models])
+    spread = f", sd {shares.std(ddof=1):.2f} points" if len(models) > 1 else ""
+    return f"mean test accuracy of {len(models)} models {shares.mean():.2f} %{spread}"

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from drs.benchmarks.harness import Row
@@ -128,7 +130,7 @@ def studies_row(
 
 def strong_row(
     section: str, training: Sequence[str], environment: Mapping[str, str], results: Path, *,
-    samples: int, bound: float, device: str,
+    samples: int, bound: float, device: str, settings: Sequence[str] = (), within: float | None = None,
 ) -> Row:  # fmt: skip
     """Train a model, attack it under the strong suite and return the time of the latter beside a bound in seconds.
 
@@ -136,20 +138,65 @@ def strong_row(
         section: Of the row.
         training: Overrides of the training, which is not timed; they begin with ``data=`` and ``model=``.
         environment: Of the processes.
-        results: A folder for the study.
+        results: A folder for the study, which is called strong.
         samples: Test images that are attacked.
         bound: What is asked for.
         device: Of both, ``cpu`` or ``cuda``.
+        settings: Overrides of the evaluation besides.
+        within: Seconds after which the evaluation is stopped; the row then says so, and does not meet its target.
     """
     data, model = (item.partition("=")[2] for item in training[:2])
-    common = [f"results_dir={results}", "study=strong", "progress=false", f"device={device}"]
-    seconds_of([["train.py", *training, *common]], environment)
-    suite = ["suite=strong", f"++suite.n_samples.{data}={samples}", "timing=false"]
-    seconds = seconds_of([["evaluate.py", *suite, *common]], environment)
+    seconds_of([["train.py", *training, *_strong_study(results, device)]], environment)
+    try:
+        seconds = seconds_of([strong_command(results, data, samples, device, settings)], environment, within)
+        cut = ""
+    except TimeoutError:
+        seconds = bound if within is None else within
+        cut = f"; stopped after {seconds:g} s"
     ratio = seconds / bound
     return Row(
         section, f"strong suite, one {model} on {data}, {samples} images", "ours", f"{bound:g} s", "s", seconds, bound,
-        ratio, ratio, ratio, 1, "<= 1", device, torch.get_num_threads(),
-        note="a whole process, its tables, figures and report included",
-        reason="The study's cells say what each attack took.",
+        ratio, ratio, ratio, 1, "<= 1", device, torch.get_num_threads(), held=not cut,
+        note=" ".join(("a whole process, its tables, figures and report included", *settings)) + cut,
+        reason="An image that stands at the smaller epsilon sees all steps of nearly all attacks, several hundred "
+        "gradients; with what a gradient takes, those set the time. The study's cells say what each attack took.",
+    )  # fmt: skip
+
+
+def strong_command(results: Path, data: str, samples: int, device: str, settings: Sequence[str]) -> Command:
+    """Return the command of the strong suite on what ``strong_row`` has trained."""
+    suite = ["suite=strong", f"++suite.n_samples.{data}={samples}", "timing=false", *settings]
+    return ["evaluate.py", *suite, *_strong_study(results, device)]
+
+
+def _strong_study(results: Path, device: str) -> list[str]:
+    return [f"results_dir={results}", "study=strong", "progress=false", f"device={device}"]
+
+
+def precision_row(row: Row, environment: Mapping[str, str], results: Path, *, data: str, samples: int,
+                  settings: Sequence[str]) -> Row:  # fmt: skip
+    """Return what TF32 brings the strong suite, and what it costs in strength, on what ``strong_row`` has trained.
+
+    Args:
+        row: The row of ``strong_row``.
+        environment: Of the processes.
+        results: As there.
+        data: The data set.
+        samples: Test images that are attacked in either precision.
+        settings: Overrides of both evaluations besides.
+    """
+    seconds, accuracies = [], []
+    for tf32 in ("true", "false"):
+        command = strong_command(results, data, samples, row.device, [*settings, f"suite.tf32={tf32}"])
+        seconds.append(seconds_of([command], environment))
+        table = pd.read_csv(results / "strong" / "tables" / "accuracy.csv")
+        accuracies.append(table.set_index(["attack", "norm", "epsilon_label", "cumulative"])["robust_accuracy"])
+    weaker = (100 * (accuracies[0] - accuracies[1])).dropna()
+    ratio = seconds[0] / seconds[1]
+    return replace(
+        row, case=row.case.replace(row.case.split(", ")[-1], f"{samples} images"), ours="search in TF32",
+        theirs="search in float32", ours_median=seconds[0], theirs_median=seconds[1], ratio=ratio, low=ratio,
+        high=ratio, target="", tried=True, reason="", held=True,
+        note=f"whole processes; of {len(weaker)} robust accuracies those by a search in TF32 differ by "
+        f"{weaker.min():+.1f} to {weaker.max():+.1f} points (above 0: weaker), {weaker.mean():+.2f} in the mean",
     )  # fmt: skip

@@ -28,11 +28,56 @@ COMPILE: dict[str, Any] = {"options": {"triton.cudagraphs": True, "triton.cudagr
 """How the gradient is compiled: as with ``mode="reduce-overhead"``; on a card, an error if CUDA graphs are skipped."""
 WARM_UP_STEPS = 4
 """A CUDA graph is compiled and run as it is in the first step, recorded in the second, and replayed from the third."""
+SETTLED, PACED = 2, 20
+"""The steps of a training between which its pace is taken."""
 Gradients = Callable[[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor, Tensor], dict[str, Tensor]]
+Fit = Callable[..., list[nn.Module]]
+"""Trains a model for each config, as ``fit_packed`` does; takes configs, images, a device and ``pace``."""
+
+
+class TooSlow(TimeoutError):
+    """A training was stopped because its first steps say that it would take too long."""
+
+
+class Pace:
+    """Stops a training if its first steps say that all of them would take too long.
+
+    Args:
+        within: Seconds that all steps may take.
+        device: Where the training runs.
+    """
+
+    def __init__(self, within: float, device: torch.device) -> None:
+        self.within = within
+        self.device = device
+
+    def begin(self, total: int) -> None:
+        """Take note that a training of so many steps begins."""
+        self.total, self.taken = total, 0
+
+    def step(self) -> None:
+        """Take note of a step; ``TooSlow`` after step ``PACED`` where the steps would take longer than they may."""
+        self.taken += 1
+        if self.taken not in (SETTLED, PACED):
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self.taken == SETTLED:
+            self.began = now
+            return
+        projected = (now - self.began) / (PACED - SETTLED) * self.total
+        if projected > self.within:
+            raise TooSlow(f"projected from its first {PACED} steps: {projected:.0f} s, not run to the end")
 
 
 def fit_packed(
-    configs: Sequence[TrainConfig], training: LabelledImages, device: torch.device, *, compiled: bool = False
+    configs: Sequence[TrainConfig],
+    training: LabelledImages,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    pace: Pace | None = None,
 ) -> list[nn.Module]:
     """Train a model for each config, all at once, and return them in eval mode.
 
@@ -47,11 +92,13 @@ def fit_packed(
         compiled: Whether to compile the gradient, which takes from seconds to minutes at the first call in a process
             for an architecture, a number of models and a batch size; a compiler of C++ is needed, on a card Triton and
             a compiler of C.
+        pace: May end the training early.
 
     Raises:
         ValueError: For configs that differ otherwise, or ask for what is not packed, naming the key and its value.
         UserError: For a label that is not a class of the config, or fewer images than a batch.
         RuntimeError: If the gradient cannot be compiled.
+        TooSlow: If ``pace`` ends it.
     """
     check_packable(configs)
     first = configs[0]
@@ -63,11 +110,14 @@ def fit_packed(
     parameters = {name: stack.detach() for name, stack in zip(stacks, holder.stacks, strict=True)}
     for stack in holder.stacks:
         stack.grad = torch.empty_like(stack)
+    total_steps = len(training) // first.batch_size * first.epochs
     optimizer = build_optimizer(holder, first.optim)
-    schedule = build_schedule(optimizer, first.optim, len(training) // first.batch_size * first.epochs)
+    schedule = build_schedule(optimizer, first.optim, total_steps)
     weights = torch.tensor([getattr(config.loss, "weight", 0.0) for config in configs], device=device)
     gradients = _gradients(first, compiled=compiled)
     orders = [torch.Generator().manual_seed(config.seed) for config in configs]
+    if pace is not None:
+        pace.begin(total_steps)
     for _ in range(first.epochs):
         for images, labels in _batches(first, training, orders):
             if compiled:
@@ -79,15 +129,15 @@ def fit_packed(
                 stack.grad.copy_(found[name])
             optimizer.step()
             schedule.step()
+            if pace is not None:
+                pace.step()
     for position, model in enumerate(models):
         model.load_state_dict({name: stack[position] for name, stack in {**parameters, **buffers}.items()})
     return [model.eval() for model in models]
 
 
-def warm_up(
-    configs: Sequence[TrainConfig], training: LabelledImages, device: torch.device, *, compiled: bool = False
-) -> float:
-    """Take a few steps of ``fit_packed`` that are thrown away, so that the next call of it compiles nothing.
+def warm_up(train: Fit, configs: Sequence[TrainConfig], training: LabelledImages, device: torch.device) -> float:
+    """Take a few steps of a training that are thrown away, so that its next call compiles and loads nothing.
 
     Returns:
         The seconds that this took.
@@ -96,7 +146,7 @@ def warm_up(
     brief = [copy.copy(config) for config in configs]
     for config in brief:
         config.epochs = 1
-    fit_packed(brief, training.first(WARM_UP_STEPS * configs[0].batch_size), device, compiled=compiled)
+    train(brief, training.first(WARM_UP_STEPS * configs[0].batch_size), device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Models per minute: one worker, several, and several models trained as one batch."""
+"""Models per minute: one worker, several, and several models trained at once in one process."""
 
 import copy
 import functools
@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from drs.benchmarks.graphs import fit_graphed
 from drs.benchmarks.harness import Row, ratio_of_medians, time_in_turn
-from drs.benchmarks.packing import fit_packed, warm_up
+from drs.benchmarks.packing import Fit, fit_packed, warm_up
 from drs.config import PROJECT_ROOT, TrainConfig
 from drs.data import load_split
 from drs.training import fit
@@ -23,14 +24,22 @@ from drs.training import fit
 REPEATS = 3
 SEEDS = 6
 SIZES = (4, 8)
-"""Models that are packed into one batch."""
+"""Models that are trained at once."""
 PACKED = "packed through torch.func"
-WAYS = {"cpu": {PACKED: False}, "cuda": {PACKED: False, f"{PACKED}, compiled, as a CUDA graph": True}}
-"""How models are packed on a device, by name, and whether the gradient is compiled."""
+COMPILED = f"{PACKED}, compiled, as a CUDA graph"
+GRAPHED = "side by side in one CUDA graph"
+WAYS = {"cpu": (PACKED,), "cuda": (GRAPHED, COMPILED, PACKED)}
+"""How several models are trained in one process on a device; what should be the fastest comes first."""
 _GROUPED = (
     "in one process, without validation; a convolution with weights of its own for every model is computed in groups, "
     "one a model"
 )
+_NOTES = {
+    GRAPHED: "in one process, without validation; the kernels of each model are those of training it alone; to capture "
+    "the graph is among the seconds",
+    COMPILED: _GROUPED,
+    PACKED: _GROUPED,
+}
 
 
 def worker_rows(
@@ -77,11 +86,11 @@ def worker_rows(
 
 
 def packing_rows(config: TrainConfig, device: torch.device) -> Iterator[Row]:
-    """Yield the models per minute of models packed into one batch beside the same models trained in turn.
+    """Yield the models per minute of models trained at once beside the same models trained in turn.
 
     Both are in this process, with the data in memory, and leave out validation. On a card everything is done once
     before it is timed, so that compiling, and choosing and loading kernels, are not among the seconds. A way that
-    cannot be compiled gets a row that says so.
+    cannot be compiled or captured gets a row that says so.
 
     Args:
         config: Of each model but for its seed, in a form that ``fit_packed`` takes.
@@ -106,17 +115,24 @@ def packing_rows(config: TrainConfig, device: torch.device) -> Iterator[Row]:
 
         ways: dict[str, Callable[[], object]] = {}
         notes: dict[str, str] = {}
-        for way, compiled in WAYS[device.type].items():
-            notes[way] = _GROUPED
-            if compiled:
+        for way in WAYS[device.type]:
+            train, notes[way] = fit_of(way), _NOTES[way]
+            if way != PACKED:
                 try:
-                    seconds = warm_up(configs, training, device, compiled=True)
+                    seconds = warm_up(train, configs, training, device)
                 except RuntimeError as error:
-                    yield replace(empty, ours=way, note=f"not compiled: {' '.join(str(error).split())[:300]}")
+                    failed = "not compiled" if way == COMPILED else "not captured"
+                    yield replace(empty, ours=way, note=f"{failed}: {' '.join(str(error).split())[:300]}")
                     continue
-                notes[way] += f"; {seconds:.1f} s to compile are not among the seconds"
-            ways[way] = functools.partial(fit_packed, configs, training, device, compiled=compiled)
+                if way == COMPILED:
+                    notes[way] += f"; {seconds:.1f} s to compile are not among the seconds"
+            ways[way] = functools.partial(train, configs, training, device)
         yield from _measured(empty, size, ways, in_turn, notes)
+
+
+def fit_of(way: str) -> Fit:
+    """Return what trains several models in one of ``WAYS``."""
+    return fit_graphed if way == GRAPHED else functools.partial(fit_packed, compiled=way == COMPILED)
 
 
 def _measured(
