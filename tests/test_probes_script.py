@@ -1,13 +1,18 @@
 """The script that shows how far the sanity checks of a model depend on images and steps."""
 
 import json
+import runpy
 from pathlib import Path
+from typing import Any
 
 import forked
 import pandas as pd
 import pytest
 from conftest import compose_train
+from torch import Tensor, nn
 
+from drs.attacks.probes import Probes
+from drs.config import PROJECT_ROOT
 from drs.jobs import TrainingResult
 from drs.runs import run_folder
 from drs.sanity_checks import CHECKS
@@ -41,8 +46,6 @@ def test_figures_are_shown_and_written_for_each_number_of_images_and_steps(run: 
     assert {"objective_gap", "logit_shift_and_scale"} <= set(table.columns) & set(CHECKS)
     assert (table["eps0_equals_clean"] == 0).all() and (table["epsilon"] == 0.1).all()
     assert (table["more_steps"] * table["images"] % 1).lt(1e-9).all(), "a share of the images that were probed"
-    first, *_, last = table["more_steps"]
-    assert first > last == 0, "one step is not enough, and five are"
     assert done.stdout.count(run.name) == 4 and "objective_gap" in done.stdout
 
 
@@ -59,3 +62,16 @@ def test_what_cannot_be_probed_is_said_in_a_line(run: Path, tmp_path: Path, argu
     given = (str(run) if item == "RUN" else item for item in arguments)
     done = forked.run("probes.py", *given, out=tmp_path / "out")
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_probes_have_the_images_and_steps_that_the_row_names(run: Path) -> None:
+    script = runpy.run_path(str(PROJECT_ROOT / "scripts" / "probes.py"))
+    asked = []
+
+    def run_probes(model: nn.Module, images: Tensor, *others: Any) -> Probes:
+        asked.append((len(images), others[-1].steps, others[-2]))
+        return real(model, images, *others)
+
+    script["probed"].__globals__["run_probes"], real = run_probes, script["run_probes"]
+    row = script["probed"](run, script["strong_suite"](), 7, 3)
+    assert asked == [(7, 3, 0.1)] and (row["images"], row["steps"]) == (7, 3)
