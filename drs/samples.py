@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from drs.attacks.contract import Attack, check_adversarial, check_eval_mode, check_model, isolated, predict
+from drs.attacks.contract import Attack, check_adversarial, check_eval_mode, check_model, predict
+from drs.attacks.isolation import isolated
 from drs.data import LabelledImages
 from drs.figure_samples import AttackedSamples
 

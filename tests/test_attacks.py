@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from drs.attack_config import CWConfig, CWTorchattacksConfig, FGSMConfig, PGDConfig
 from drs.attacks import Attack, build_attack, perturbation_norm, run_attack
-from drs.attacks.contract import check_adversarial, isolated
+from drs.attacks.contract import check_adversarial
+from drs.attacks.isolation import isolated
 from drs.data import LabelledImages
 from drs.errors import UserError
 

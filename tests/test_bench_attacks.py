@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from drs.attack_config import AttackConfig, CWConfig, CWTorchattacksConfig, FGSMConfig, PGDConfig
-from drs.attacks import build_attack, run_attack
-from drs.attacks.contract import CleanLogits, watch_gradient
+from drs.attacks import build_attack, climbing, run_attack
+from drs.attacks.contract import CleanLogits
+from drs.attacks.isolation import watch_gradient
 from drs.benchmarks.attacks import attack_rows, count_looks, look_rows, ways_to_look
 from drs.benchmarks.harness import Machine, Row
 from drs.benchmarks.peers import MODULES, PEERS, STEPS, Perturb
@@ -317,3 +318,15 @@ def test_gradient_is_judged_by_its_values_and_not_by_their_sum(values: list[floa
         return
     with pytest.raises(UserError, match=f"gradient is not finite for {broken} of 3 images"):
         (1 * images).backward(gradient)
+
+
+def test_floor_drops_at_once_what_an_accelerator_keeps_for_a_while(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = climbing.room_for
+    at_once = contest()
+    monkeypatch.setattr(climbing, "room_for", lambda standing, _: room(standing, "cuda"))
+    later = contest()
+    assert later[0].floor == at_once[0].floor, "in words, with the looks of a drop at once"
+    looks = [float(re.search(r"we ([\d.]+)\)", row.reason)[1]) for rows in (at_once, later) for row in rows[:1]]  # type: ignore[index]
+    assert looks[1] > looks[0] and not climbing.DROP_AT_ONCE

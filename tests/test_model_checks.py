@@ -17,7 +17,7 @@ from drs.attack_config import (
     TargetedFABConfig,
     TransferConfig,
 )
-from drs.attacks import build_attack, run_attack
+from drs.attacks import build_attack, isolation, run_attack
 from drs.attacks.contract import check_model
 from drs.errors import UserError
 
@@ -103,11 +103,17 @@ class Broken(nn.Module):
         return logits + (0 * images).sqrt().flatten(1).sum(1, keepdim=True)
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("config", GRADIENT_ATTACKS, ids=lambda config: f"{config.kind}-{config.norm}")
-def test_gradient_that_is_not_finite_is_refused_rather_than_robust(config: AttackConfig) -> None:
+def test_gradient_that_is_not_finite_is_refused_rather_than_robust(
+    config: AttackConfig, device_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sign of NaN is 0, so nothing would move, and every image would stand."""
     model, images, labels = linear_problem(classes=4)
-    with pytest.raises(UserError, match="gradient is not finite for 40 of 40 images"):
+    at_once = isolation._reads_at_once(device_type)
+    monkeypatch.setattr(isolation, "_reads_at_once", lambda _: at_once)
+    images_said = "40 of 40 images" if at_once else "40 images of a batch"
+    with pytest.raises(UserError, match=f"the model's gradient is not finite for {images_said}; gradient attacks"):
         run_attack(build_attack(config), Broken(model).eval(), images, labels, epsilon=0.1)
     run_attack(build_attack(config), model, images, labels, epsilon=0.1)
     assert not model._forward_pre_hooks, "the watch on the gradient was left behind"

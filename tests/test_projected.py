@@ -1,20 +1,25 @@
 """The own gradient attacks against a linear classifier, whose minimal perturbations are known, and a planted mask."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_attacks import linear_problem, minimal_norms, standing
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, TransferConfig
 from drs.attacks import build_attack, run_attack
-from drs.attacks.objectives import FAMILIES, logit_scale, margin
-from drs.attacks.projected import climb, project, random_start
+from drs.attacks.climbing import climb, project, random_start, room_for
+from drs.attacks.objectives import FAMILIES, Objective, logit_scale, margin
 from drs.data import LabelledImages
 from drs.losses import LOSSES, build_loss
 
 Digits = tuple[LabelledImages, LabelledImages, LabelledImages]
+Room = Callable[[int, str], int]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -209,3 +214,163 @@ def test_every_target_is_the_samples_own_after_others_have_fallen() -> None:
     images = torch.tensor([[0.5, 0.49, 0.5], [0.45, 0.47, 0.5]]).view(2, 1, 1, 3)
     attack = build_attack(ProjectedConfig("projected", "linf", objectives=["targeted_margin"], steps=20))
     assert not standing(attack, Shadowed().eval(), images, torch.tensor([0, 1]), 0.02).any()
+
+
+def plain_climb(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    objective: Objective,
+    norm: str,
+    steps: int,
+    start: Tensor,
+    dropping: bool,
+) -> tuple[list[Tensor], list[float], list[bool]]:
+    """Climb sample by sample, all in one batch at every step: best iterates, their margins, whether the last fell."""
+    best, best_margin, last = list(start), [-math.inf] * len(images), [False] * len(images)
+    ended = [False] * len(images)
+    current = start
+    for step in range(steps + 1):
+        current = current.detach().clone().requires_grad_(True)
+        logits = model(current)
+        for i, (row, label) in enumerate(zip(logits.tolist(), labels.tolist(), strict=True)):
+            if ended[i]:
+                continue
+            reached = max(value for k, value in enumerate(row) if k != label) - row[label]
+            last[i] = row.index(max(row)) != label
+            if last[i] and reached == 0:
+                reached = torch.finfo(torch.float32).tiny
+            if reached > best_margin[i]:
+                best[i], best_margin[i] = current[i].detach(), reached
+            ended[i] = dropping and last[i]
+        (gradient,) = torch.autograd.grad(objective(logits, labels, torch.arange(len(images))).sum(), current)
+        length = epsilon * 0.5 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        flat = gradient.flatten(1)
+        unit = flat.sign() if norm == "linf" else F.normalize(flat, eps=1e-30)
+        current = project(images, current.detach() + length * unit.view_as(images), epsilon, norm)
+    return best, best_margin, last
+
+
+def in_coarse_batches(standing: int, device_type: str) -> int:
+    """Return a size in steps of seven, so that of what has fallen some stays."""
+    return -(-standing // 7) * 7
+
+
+@pytest.mark.parametrize("room", [room_for, in_coarse_batches])
+@pytest.mark.parametrize("dropping", [True, False])
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.004), ("l2", 0.02)])
+@pytest.mark.parametrize("family", ["ce", "margin", "targeted_margin", "scaled_ce"])
+def test_climb_does_what_a_plain_one_does(
+    family: str, norm: str, epsilon: float, dropping: bool, room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drs.attacks.climbing.room_for", room)
+    model, images, labels = linear_problem(classes=5)
+    objective = next(FAMILIES[family](model(images).detach(), labels))
+    sizes = []
+    torch.manual_seed(0)
+    start = random_start(images, epsilon, norm)
+    untouched = start.clone()
+    watch = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    best, fallen, last, margins = climb(
+        model, images, labels, epsilon, objective, norm=norm, steps=8, relative_step_size=0.5, start=start,
+        drop_fallen=dropping,
+    )  # fmt: skip
+    watch.remove()
+    expected, expected_margins, expected_last = plain_climb(
+        model, images, labels, epsilon, objective, norm, 8, start, dropping
+    )
+    assert 0 < fallen.sum() < len(images), "nothing is told apart"
+    torch.testing.assert_close(best, torch.stack(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(margins, torch.tensor(expected_margins), rtol=1e-4, atol=1e-4)
+    assert fallen.tolist() == [value > 0 for value in expected_margins] and last.tolist() == expected_last
+    assert torch.equal(start, untouched) and not best.requires_grad
+    if dropping:
+        assert len(set(sizes)) > 2 and all(size == len(images) or size == room(size, "cpu") for size in sizes)
+    else:
+        assert set(sizes) == {len(images)}
+
+
+def test_on_a_cpu_what_has_fallen_leaves_at_once_and_on_a_card_sizes_are_shared() -> None:
+    assert [room_for(standing, "cpu") for standing in (1, 17, 9999)] == [1, 17, 9999]
+    rooms = [room_for(standing, "cuda") for standing in range(1, 10_001)]
+    assert all(standing <= room <= max(16, standing * 17 / 16 + 15) for standing, room in enumerate(rooms, start=1))
+    assert rooms == sorted(rooms) and len(set(rooms)) < 120
+    assert all(room_for(room, "cuda") == room for room in rooms)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what must wait for a card: numbers asked for, positions of what is true, and masks as an index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = self.positions = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.numbers += name in ("_local_scalar_dense", "equal", "is_nonzero")
+        masked = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        self.positions += masked or name in ("nonzero", "masked_select", "unique", "_unique2", "repeat_interleave")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("dropping", [True, False])
+def test_a_step_waits_for_the_device_once_at_most(norm: str, dropping: bool) -> None:
+    model, images, labels = linear_problem(classes=5)
+    (objective,) = FAMILIES["margin"](images, labels)
+    asked = 0
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal asked
+        asked += inputs[0].requires_grad
+
+    watch = model.register_forward_pre_hook(count)
+    with Waits() as waits:
+        climb(
+            model, images, labels, 0.002, objective, norm=norm, steps=6, relative_step_size=0.5, start=images,
+            drop_fallen=dropping,
+        )  # fmt: skip
+    watch.remove()
+    assert asked == 6 and waits.numbers == (6 if dropping else 0) and waits.positions == 0
+
+
+@pytest.mark.parametrize("room", [room_for, in_coarse_batches, lambda standing, device_type: 100])
+def test_what_has_fallen_keeps_its_iterate_while_it_is_still_in_the_batch(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ten lie in the band and would leave it at once; the others never come near."""
+    monkeypatch.setattr("drs.attacks.climbing.room_for", room)
+    start = torch.cat([torch.full((10, 1, 4, 4), 0.551), torch.full((10, 1, 4, 4), 0.3)])
+    labels = torch.zeros(20, dtype=torch.int64)
+    (objective,) = FAMILIES["margin"](start, labels)
+    best, fallen, last, margins = climb(
+        Band(), start, labels, 0.1, lambda *given: -objective(*given), norm="linf", steps=3, relative_step_size=0.5,
+        start=start,
+    )  # fmt: skip
+    assert fallen.tolist() == last.tolist() == 10 * [True] + 10 * [False]
+    assert torch.equal(best[:10], start[:10])
+    torch.testing.assert_close(margins, margin(Band()(best), labels))
+
+
+class Even(nn.Module):
+    """Two equal logits for every image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.flatten(1).mean(1)
+        return torch.stack([mean, mean], dim=1)
+
+
+@pytest.mark.parametrize("dropping", [True, False])
+def test_a_tie_goes_to_the_lower_class_and_the_iterates_are_new_tensors(dropping: bool) -> None:
+    images, labels = torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 1])
+    (objective,) = FAMILIES["margin"](images, labels)
+    for steps in (0, 2):
+        best, fallen, last, margins = climb(
+            Even(), images, labels, 0.1, objective, norm="linf", steps=steps, relative_step_size=0.5, start=images,
+            drop_fallen=dropping,
+        )  # fmt: skip
+        assert fallen.tolist() == last.tolist() == [False, True] and margins[0] == 0 < margins[1]
+        assert torch.equal(best, images) and best.data_ptr() != images.data_ptr()

@@ -8,16 +8,15 @@ robust. An exception inside an attack is never swallowed.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from drs.attack_config import SLACK
+from drs.attacks.isolation import full_precision, isolated
 from drs.batches import in_batches
 from drs.errors import UserError
 
@@ -103,24 +102,6 @@ def check_eval_mode(model: nn.Module) -> None:
             )
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Switch TF32 off; an image on the decision boundary would be judged by its rounding, some 1e-3 of a logit."""
-    with _tensor_cores(False):
-        yield
-
-
-@contextmanager
-def _tensor_cores(tf32: bool) -> Iterator[None]:
-    """Let a card compute products and convolutions of float32 numbers in TF32, or not; elsewhere it changes nothing."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
-
-
 @torch.no_grad()
 def check_model(model: nn.Module, images: Tensor) -> None:
     """Raise ``UserError`` for a model that gradient attacks would judge wrongly, on the first 16 images.
@@ -181,67 +162,6 @@ def check_adversarial(images: Tensor, adversarial: Tensor, epsilon: float, norm:
     if largest > epsilon + SLACK:
         raise UserError(f"{name} left the ball: {norm} distance {largest:.6g} where epsilon is {epsilon:.6g}")
     return distance
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int, tf32: bool = False) -> Iterator[None]:
-    """Seed the randomness and freeze the weights, in float32 with TF32 off or on; restore all of it, and the modes."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        torch.enable_grad(),
-        torch.autocast(_device_type(model), enabled=False),
-        _tensor_cores(tf32),
-    ):
-        torch.manual_seed(seed)
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-            for module, training in modes.items():
-                module.training = training
-
-
-@contextmanager
-def isolated(model: nn.Module, seed: int, tf32: bool = False) -> Iterator[None]:
-    """Do as ``seeded`` does, and watch the gradients.
-
-    Raises:
-        UserError: From inside the attack, where the gradient for an image is not finite.
-    """
-    with seeded(model, seed, tf32):
-        watch = model.register_forward_pre_hook(watch_gradient)
-        try:
-            yield
-        finally:
-            watch.remove()
-
-
-def watch_gradient(_: nn.Module, inputs: tuple[Any, ...], whose: str = "the model's") -> None:
-    """Refuse, as a forward pre-hook, gradients for the images that are not finite: ``UserError`` on the way back."""
-    if torch.is_grad_enabled() and isinstance(inputs[0], Tensor) and inputs[0].requires_grad:
-        inputs[0].register_hook(partial(_refuse_broken_gradient, whose))
-
-
-def _refuse_broken_gradient(whose: str, gradient: Tensor) -> None:
-    # A value that is not finite makes the sum so too, and a sum is soon made; it may overflow without one.
-    if math.isfinite(float(gradient.sum())):
-        return
-    bad = ~torch.isfinite(gradient).flatten(1).all(dim=1)
-    if bool(bad.any()):
-        raise UserError(
-            f"{whose} gradient is not finite for {int(bad.sum())} of {len(bad)} images; gradient attacks would "
-            "leave them alone, and the model would look robust"
-        )
-
-
-def _device_type(model: nn.Module) -> str:
-    return next((parameter.device.type for parameter in model.parameters()), "cpu")
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drs.attack_config import SanityConfig
-from drs.attacks.contract import check_eval_mode, check_pixels, isolated, predict, run_attack
+from drs.attacks.climbing import climb
+from drs.attacks.contract import check_eval_mode, check_pixels, predict, run_attack
+from drs.attacks.isolation import isolated
 from drs.attacks.objectives import FAMILIES
-from drs.attacks.projected import ProjectedAttack, climb
+from drs.attacks.projected import ProjectedAttack
 from drs.batches import in_batches
 
 LARGE_EPSILON = 0.5

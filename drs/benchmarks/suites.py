@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from drs.attack_config import AttackConfig, CWTorchattacksConfig, FGSMConfig, PGDConfig, is_bounded
 from drs.attacks import build_attack, run_attack
-from drs.attacks.contract import CleanLogits, full_precision, predict, seeded
+from drs.attacks.contract import CleanLogits, predict
+from drs.attacks.isolation import full_precision, seeded
 from drs.benchmarks.attacks import count_looks, look
 from drs.benchmarks.harness import Machine, Row, count_flops, ratio_of_medians, time_in_turn
 
