@@ -24,7 +24,7 @@ from drs.training import fit
 REPEATS = 3
 SEEDS = 6
 SIZES = (4, 8)
-"""Models that are trained at once."""
+"""Models that are trained at once; on a card the last number alone: to compile for each takes up to a minute."""
 PACKED = "packed through torch.func"
 COMPILED = f"{PACKED}, compiled, as a CUDA graph"
 GRAPHED = "side by side in one CUDA graph"
@@ -43,7 +43,12 @@ _NOTES = {
 
 
 def worker_rows(
-    overrides: Sequence[str], folder: Path, environment: dict[str, str], workers: int, device: str = "cpu"
+    overrides: Sequence[str],
+    folder: Path,
+    environment: dict[str, str],
+    workers: int,
+    device: str = "cpu",
+    repeats: int | None = None,
 ) -> Iterator[Row]:
     """Yield the models per minute of a sweep as a whole process, with joblib's workers beside one process.
 
@@ -53,6 +58,7 @@ def worker_rows(
         environment: Of the process.
         workers: Of joblib; they share the cores, and the card where the device is one.
         device: ``cpu`` or ``cuda``, of every training.
+        repeats: Of each sweep; ``REPEATS`` by default.
 
     Raises:
         RuntimeError: If a sweep fails.
@@ -65,8 +71,9 @@ def worker_rows(
         sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), "-m", *overrides, f"seed=range({SEEDS})",
         "study=sweep", "progress=false", f"device={device}", f"results_dir={folder}",
     ]  # fmt: skip
-    seconds = np.empty((REPEATS, len(launchers)))
-    for repeat in range(REPEATS):
+    repeats = repeats or REPEATS
+    seconds = np.empty((repeats, len(launchers)))
+    for repeat in range(repeats):
         for which, launcher in list(enumerate(launchers.values()))[:: 1 if repeat % 2 else -1]:
             shutil.rmtree(folder / "sweep", ignore_errors=True)
             began = time.perf_counter()
@@ -80,7 +87,7 @@ def worker_rows(
     yield Row(
         "sweeps", f"{SEEDS} trainings as one command: {' '.join(overrides)}", several, one, "models/min",
         60 * SEEDS / float(medians[1]), 60 * SEEDS / float(medians[0]),
-        *ratio_of_medians(seconds[:, 0], seconds[:, 1]), REPEATS, "", device, torch.get_num_threads(),
+        *ratio_of_medians(seconds[:, 0], seconds[:, 1]), repeats, "", device, torch.get_num_threads(),
         note=f"whole processes, start-up and validation among it: {medians[1]:.1f} s and {medians[0]:.1f} s; {shared}",
     )  # fmt: skip
 
@@ -99,7 +106,7 @@ def packing_rows(config: TrainConfig, device: torch.device) -> Iterator[Row]:
     training, validation = load_split(config.data, device)
     nothing = validation.first(0)
     steps = config.epochs * (len(training) // config.batch_size)
-    for size in SIZES:
+    for size in SIZES if device.type == "cpu" else SIZES[-1:]:
         configs = [copy.deepcopy(config) for _ in range(size)]
         for seed, each in enumerate(configs):
             each.seed = seed
