@@ -71,6 +71,7 @@ class CWConfig(AttackConfig):
         confidence: Margin to be reached, kappa in the paper.
         initial_const: The first constant.
         abort_early: Stop a constant whose loss no longer falls.
+        targets: Classes searched in turn, the nearest by clean logits first.
     """
 
     binary_search_steps: int = 6
@@ -79,6 +80,7 @@ class CWConfig(AttackConfig):
     confidence: float = 0.0
     initial_const: float = 1.0
     abort_early: bool = False
+    targets: int = 2
 
 
 @dataclass
@@ -159,13 +161,16 @@ class FMNConfig(AttackConfig):
 
 @dataclass
 class FMNFromStartConfig(FMNConfig):
-    """The same from a misclassified start rather than the clean image, from which it does not converge in L2.
+    """The same from misclassified starts rather than the clean image, from which it does not converge in L2.
 
     Attributes:
-        start_steps: Gradient steps in each of the growing balls in which the start is looked for.
+        start_steps: Gradient steps in each of the growing balls in which a start is looked for.
+        targets: Searches, each from a start towards another class, the nearest by clean logits first; the smallest
+            perturbation counts.
     """
 
-    start_steps: int = 10
+    start_steps: int = 4
+    targets: int = 2
 
 
 @dataclass
@@ -246,7 +251,7 @@ def check_attack(key: str, attack: AttackConfig) -> None:
         raise UserError(f"{key}.standing_only=true: needs decisive=true, so that all attacks share their samples")
     positive = ("n_samples", "steps", "start_steps", "relative_step_size", "c", "learning_rate", "binary_search_steps",
                 "step_size", "initial_const", "restarts", "draws", "rho", "n_queries", "initial_gradient_eval_steps",
-                "max_gradient_eval_steps")  # fmt: skip
+                "max_gradient_eval_steps", "targets")  # fmt: skip
     for name in positive:
         value = getattr(attack, name, None)
         if value is not None and not value > 0:

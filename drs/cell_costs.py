@@ -62,13 +62,13 @@ def model_calls(cell: Cell) -> float:
     if config.kind == "hop_skip_jump":
         return FORWARD * _hop_skip_jump_queries(config)
     if config.kind in ("fmn", "fmn_from_start"):
-        return _product(config, "steps") + SEARCHES * float(getattr(config, "start_steps", 0))
+        return _product(config, "steps", "targets") + SEARCHES * float(getattr(config, "start_steps", 0))
     climbs = others if config.kind in ("apgd_t", "fab_t") else 1.0
     if config.kind == "projected":
         climbs = sum(others if name.startswith("targeted") else 1 for name in cell.objectives)
         climbs *= 1.0 if cell.after else FALLING
     searches = len(getattr(config, "step_sizes", "1"))
-    return climbs * searches * _product(config, "steps", "restarts", "binary_search_steps")
+    return climbs * searches * _product(config, "steps", "restarts", "binary_search_steps", "targets")
 
 
 def _product(config: Any, *names: str) -> float:

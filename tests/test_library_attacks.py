@@ -18,6 +18,7 @@ from drs.attack_config import (
     AttackConfig,
     CWConfig,
     FMNConfig,
+    FMNFromStartConfig,
     HopSkipJumpConfig,
     ProjectedConfig,
     SquareConfig,
@@ -38,6 +39,9 @@ LIBRARY = {
     "square": SquareConfig("square", "linf", n_queries=300),
     "fmn_linf": FMNConfig("fmn", "linf", steps=60),
     "fmn_l2": FMNConfig("fmn", "l2", steps=60),
+    "fmn_from_start_linf": FMNFromStartConfig("fmn_from_start", "linf", steps=30),
+    "fmn_from_start_l2": FMNFromStartConfig("fmn_from_start", "l2", steps=30),
+    "cw": CWConfig("cw", "l2", binary_search_steps=2, steps=20),
     "hop_skip_jump": HopSkipJumpConfig("hop_skip_jump", "linf", steps=4),
 }
 EPSILON = 0.1
@@ -99,7 +103,10 @@ def test_fmn_and_cw_find_similar_l2_norms_on_a_trained_model(digits_model: nn.Mo
     images, labels = digits[2].pixels()[:100], digits[2].labels[:100]
     norms = [
         run_attack(build_attack(config), digits_model, images, labels).distance.median()
-        for config in (FMNConfig("fmn", "l2", steps=300), CWConfig("cw", "l2", binary_search_steps=9, steps=200))
+        for config in (
+            FMNConfig("fmn", "l2", steps=300),
+            CWConfig("cw", "l2", binary_search_steps=9, steps=200, targets=1),
+        )
     ]
     assert 0.95 < float(norms[0] / norms[1]) < 1.15
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from drs.attack_config import (
     APGDConfig,
     AttackConfig,
     CWConfig,
-    FMNConfig,
     FMNFromStartConfig,
     ProjectedConfig,
     TargetedAPGDConfig,
@@ -30,6 +30,7 @@ from drs.attack_config import (
 )
 from drs.attacks import build_attack, run_attack
 from drs.attacks.minimal_norm import SMALLEST_START, _misclassified, adversarial_starts
+from drs.attacks.objectives import FAMILIES
 from drs.cells import Cell
 from drs.claims import decide_claims
 from drs.config import PROJECT_ROOT
@@ -58,13 +59,63 @@ CW = CWConfig("cw", "l2")
 def test_starts_are_misclassified_and_no_further_than_the_next_ball_after_the_boundary(norm: str) -> None:
     model, images, labels = linear_problem(classes=4)
     distances = minimal_norms(model, images, labels, norm)
-    starts, found = adversarial_starts(model, images, labels, norm, 10)
-    assert found.all() and (model(starts).argmax(1) != labels).all()
+    starts, radii = adversarial_starts(model, images, labels, norm, 10)
+    assert radii.isfinite().all() and (model(starts).argmax(1) != labels).all()
     difference = (starts - images).flatten(1).double()
     norms = torch.linalg.vector_norm(difference, ord=math.inf if norm == "linf" else 2, dim=1)
     first = SMALLEST_START * (1.0 if norm == "linf" else images[0].numel() ** 0.5)
     assert (norms >= 0.999 * distances).all()
     assert (norms <= torch.maximum(1.55 * distances, torch.tensor(first))).all()
+    assert (norms <= radii + 1e-5).all()
+
+
+def test_starts_go_towards_the_class_that_is_asked_for_and_leave_out_the_smaller_balls() -> None:
+    model, images, labels = linear_problem(classes=4)
+    with torch.no_grad():
+        clean = model(images)
+    order = clean.scatter(1, labels.unsqueeze(1), -math.inf).argsort(1, descending=True)
+    objectives = list(FAMILIES["targeted_margin"](clean, labels))
+    nearest, _ = adversarial_starts(model, images, labels, "l2", 10)
+    for rank, objective in enumerate(objectives):
+        starts, radii = adversarial_starts(model, images, labels, "l2", 10, objective)
+        assert radii.isfinite().all()
+        # Another class may be crossed on the way to one that is further off.
+        towards, by_margin = ((model(found).argmax(1) == order[:, rank]).sum() for found in (starts, nearest))
+        assert towards > by_margin or (rank == 0 and towards > 0.9 * len(images))
+    least = torch.where(torch.arange(len(images)) % 2 == 0, 4.0, 0.0)
+    _, bounded = adversarial_starts(model, images, labels, "l2", 10, objectives[0], least)
+    _, free = adversarial_starts(model, images, labels, "l2", 10, objectives[0])
+    assert (bounded[::2] >= 4.0).all() and torch.equal(bounded[1::2], free[1::2])
+
+
+class Detour(nn.Module):
+    """Three classes on two pixels: from the centre class 1 has the larger logit but is further off than class 2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, y = images[:, 0, 0, 0] - 0.5, images[:, 0, 0, 1] - 0.5
+        return torch.stack([torch.zeros_like(x), 0.5 * x - 0.15, 5.0 * y - 0.5], dim=1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FMNFromStartConfig("fmn_from_start", "l2", steps=60),
+        FMNFromStartConfig("fmn_from_start", "linf", steps=60),
+        CWConfig("cw", "l2", binary_search_steps=5, steps=50, step_sizes=[0.05]),
+    ],
+    ids=["fmn_l2", "fmn_linf", "cw"],
+)
+def test_a_second_search_finds_the_boundary_to_the_class_that_is_nearer_but_not_the_runner_up(
+    config: FMNFromStartConfig | CWConfig,
+) -> None:
+    images, labels = torch.full((2, 1, 1, 2), 0.5), torch.zeros(2, dtype=torch.int64)
+    outcome = run_attack(build_attack(config), Detour().eval(), images, labels)
+    assert (outcome.logits.argmax(1) == 2).all()
+    assert (outcome.distance / 0.1 < 1.05).all() and (outcome.distance / 0.1 > 0.999).all()
+    once = run_attack(build_attack(replace(config, targets=1)), Detour().eval(), images, labels)
+    assert (once.logits.argmax(1) == 1).all(), "one search goes to the runner-up; the config says how many there are"
+    more = run_attack(build_attack(replace(config, targets=9)), Detour().eval(), images, labels)
+    assert torch.equal(more.distance, outcome.distance), "there are two other classes only"
 
 
 def test_a_search_without_any_start_leaves_the_image_as_it_is() -> None:
@@ -124,6 +175,8 @@ def test_cw_moves_pixels_that_are_exactly_0_or_1_and_finds_small_norms_too(dista
             FMNFromStartConfig("fmn_from_start", "l2", start_steps=0),
             r"suite\.attacks\.a\.start_steps=0: must be above 0",
         ),
+        (FMNFromStartConfig("fmn_from_start", "l2", targets=0), r"suite\.attacks\.a\.targets=0: must be above 0"),
+        (CWConfig("cw", "l2", targets=0), r"suite\.attacks\.a\.targets=0: must be above 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(config: AttackConfig, message: str) -> None:
@@ -134,29 +187,29 @@ def test_settings_out_of_range_are_refused(config: AttackConfig, message: str) -
 # --- On a trained convolutional network, whose decision boundaries are not those of a toy
 
 N = 100
+"""Images, so that one of them is a point."""
 SLOW = ("linf", "ce")
-SAME_RADIUS: dict[str, dict[str, tuple[AttackConfig, float]]] = {
-    # Each with how many points it may differ from the reference, margin PGD with restarts or on every class in turn.
-    # Only APGD-T, which goes through the classes too, is within one. A search for the smallest norm has one start an
-    # image, where the reference in L2 has six climbs and that in Linf nine: of 100 images it misses two, CW, with few
-    # steps, three. APGD-CE fells two more than the reference, or one less. FAB-T takes more steps than a test can
-    # pay to miss fewer.
+CROSS_ENTROPY = ProjectedConfig("projected", "linf", objectives=["ce"], steps=60, restarts=3)
+MARGIN = ProjectedConfig("projected", "linf", objectives=["targeted_margin"], steps=40)
+MARGIN_L2 = ProjectedConfig(
+    "projected", "l2", objectives=["margin", "ce"], steps=60, restarts=3, relative_step_size=0.5
+)
+RADII = {"l2": 1.5, "linf": 0.1}
+SAME_RADIUS: dict[str, dict[str, tuple[AttackConfig, ProjectedConfig, float]]] = {
+    # Each with what solves the same problem, and by how many points they may differ: one, a single image of 100.
+    # scripts/agreement.py compares more images, at the suite's settings. FAB-T cannot be within one: it ends 1 to 3 %
+    # beyond the norms that the others find, with 500 steps or five restarts too.
     "l2": {
-        "FMN": (FMNFromStartConfig("fmn_from_start", "l2", steps=40), 2.0),
-        "CW": (CWConfig("cw", "l2", binary_search_steps=4, steps=50, step_sizes=[0.05]), 3.0),
+        "FMN": (FMNFromStartConfig("fmn_from_start", "l2", steps=60), MARGIN_L2, 1.0),
+        "CW": (CWConfig("cw", "l2", binary_search_steps=5, steps=60, step_sizes=[0.05]), MARGIN_L2, 1.0),
     },
     "linf": {
-        "APGD-CE": (APGDConfig("apgd_ce", "linf", steps=100), 2.0),
-        "APGD-T": (TargetedAPGDConfig("apgd_t", "linf", steps=40), 1.0),
-        "FAB-T": (TargetedFABConfig("fab_t", "linf", steps=40), 5.0),
-        "FMN": (FMNConfig("fmn", "linf", steps=100), 2.0),
+        "APGD-CE": (APGDConfig("apgd_ce", "linf", steps=100, restarts=3), CROSS_ENTROPY, 1.0),
+        "APGD-T": (TargetedAPGDConfig("apgd_t", "linf", steps=40), MARGIN, 1.0),
+        "FAB-T": (TargetedFABConfig("fab_t", "linf", steps=40), MARGIN, 5.0),
+        "FMN": (FMNFromStartConfig("fmn_from_start", "linf", steps=100), MARGIN, 1.0),
     },
 }
-REFERENCE = {
-    "l2": (ProjectedConfig("projected", "l2", objectives=["margin", "ce"], steps=60, restarts=3,
-                           relative_step_size=0.5), 1.5),
-    "linf": (ProjectedConfig("projected", "linf", objectives=["targeted_margin"], steps=40), 0.1),
-}  # fmt: skip
 
 
 @functools.cache
@@ -175,10 +228,10 @@ def percent_standing(config: AttackConfig, loss: str, epsilon: float) -> float:
 
 
 @functools.cache
-def reference(loss: str, norm: str) -> tuple[float, float]:
-    """Return the radius, and what margin PGD with restarts leaves standing there in %."""
-    config, epsilon = REFERENCE[norm]
-    return epsilon, percent_standing(config, loss, epsilon)
+def reference(loss: str, norm: str, objectives: tuple[str, ...]) -> float:
+    """Return what the attack of this project on these objectives leaves standing, in %."""
+    second = {tuple(config.objectives): config for config in (CROSS_ENTROPY, MARGIN, MARGIN_L2)}[objectives]
+    return percent_standing(second, loss, RADII[norm])
 
 
 @pytest.mark.parametrize(
@@ -190,11 +243,11 @@ def reference(loss: str, norm: str) -> tuple[float, float]:
         for loss in ("ce", "dr_softmax")
     ],
 )
-def test_library_attacks_agree_with_margin_pgd_on_a_trained_network(norm: str, name: str, loss: str) -> None:
-    epsilon, expected = reference(loss, norm)
+def test_library_attacks_agree_with_ours_on_a_trained_network(norm: str, name: str, loss: str) -> None:
+    config, second, points = SAME_RADIUS[norm][name]
+    expected = reference(loss, norm, tuple(second.objectives))
     assert 20 < expected < 80, "a radius at which nearly all stand or fall compares nothing"
-    config, points = SAME_RADIUS[norm][name]
-    assert abs(percent_standing(config, loss, epsilon) - expected) <= points + 1e-9
+    assert abs(percent_standing(config, loss, RADII[norm]) - expected) <= points + 1e-9
 
 
 # --- The smallest norm over all attacks

@@ -53,7 +53,7 @@ def build_attack(
     if isinstance(config, CWConfig):
         return CarliniWagner(
             config.binary_search_steps, config.steps, config.step_sizes, config.confidence, config.initial_const,
-            config.abort_early,
+            config.abort_early, config.targets,
         )  # fmt: skip
     if isinstance(config, ProjectedConfig):
         objectives = config.objectives or list(adaptive_objectives)
@@ -85,7 +85,7 @@ def _library_attack(config: AttackConfig) -> Attack:
     if isinstance(config, SquareConfig):
         return autoattack.SquareAttack(config.norm, config.n_queries, config.restarts, config.seed)
     if isinstance(config, FMNFromStartConfig):
-        return minimal_norm.FastMinimumNorm(config.norm, config.steps, config.start_steps)
+        return minimal_norm.FastMinimumNorm(config.norm, config.steps, config.start_steps, config.targets)
     if isinstance(config, FMNConfig):
         return minimal_norm.FastMinimumNorm(config.norm, config.steps)
     if isinstance(config, HopSkipJumpConfig):
