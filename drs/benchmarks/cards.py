@@ -92,7 +92,7 @@ def airbench_recipe(folder: Path, config: TrainConfig) -> Recipe:
             )
 
         def train() -> nn.Module:
-            with chosen_algorithms(by_trial=True):
+            with contextlib.chdir(folder), chosen_algorithms(by_trial=True):  # it loads its test images there
                 model: nn.Module = library.train94(train_loader=loader, verbose=False)
             return model
 

@@ -54,7 +54,7 @@ The first sections need MNIST only, and minutes; the last ones need CIFAR-10 and
 CUDA = torch.device("cuda")
 N_IMAGES, N_STRONG = 5000, 10000
 """Test images that are attacked, by the strong suite those of the target: a few hundred would leave a card idle."""
-SPEEDRUNS, PEER_RUNS, SHARED, LENETS = 3, 3, 8, 64
+SPEEDRUNS, PEER_RUNS, SHARED, LENETS = 2, 3, 8, 64
 """Trainings: of each recipe for 94 %, of airbench beside several at a time, of those, and of MNIST lenets."""
 LENETS_WITHIN = 90.0
 """Seconds after which, or after which by its pace, a way to train the lenets is given up."""
