@@ -3,7 +3,8 @@
     python scripts/bench.py [--only SECTION[,SECTION ...]] [--folder FOLDER] [--within SECONDS]
 
 Results go to results/bench (bench.csv, REPORT.md) after every row; what was measured stays when a section fails or the
-command is stopped. Nothing else should run on the machine meanwhile.
+command is stopped. Where there is no GPU, what was measured on one before is kept. Nothing else should run on the
+machine meanwhile.
 """
 
 import argparse
@@ -47,10 +48,21 @@ def main() -> int:
     for name in chosen:
         if name not in known:
             raise UserError(f"ONLY={name}: must be one of {', '.join(known)}, or some of them with commas between")
+    if not torch.cuda.is_available():
+        chosen = without_those_of_a_card(chosen, arguments.folder)
     keep_freed_memory()
     failed = measure({name: known[name] for name in known if name in chosen}, arguments.folder)
     print(f"{arguments.folder / 'REPORT.md'}")
     return 1 if failed else 0
+
+
+def without_those_of_a_card(chosen: Sequence[str], folder: Path, show: Callable[[str], None] = print) -> list[str]:
+    """Return the sections to be run where there is no GPU: what was measured on one before is kept."""
+    on_a_card = {row.section for row in read_rows(folder) if row.device == "cuda" and row.ratio is not None}
+    for name in chosen:
+        if name in on_a_card:
+            show(f"{name}: no GPU here; what was measured on one is kept")
+    return [name for name in chosen if name not in on_a_card]
 
 
 def measure(chosen: dict[str, Section], folder: Path, show: Callable[[str], None] = print) -> list[str]:

@@ -29,7 +29,7 @@ from drs.benchmarks.cards import (
 )
 from drs.benchmarks.commands import count_models, precision_row, seconds_of, strong_row, studies_row, study_commands
 from drs.benchmarks.harness import Machine, Row
-from drs.benchmarks.report import TITLES, read_provenance, read_rows
+from drs.benchmarks.report import TITLES, read_provenance, read_rows, write_rows
 from drs.benchmarks.sections import sections
 from drs.config import PROJECT_ROOT, evaluate_config
 from drs.errors import UserError
@@ -62,6 +62,17 @@ def test_what_was_measured_stays_when_a_section_fails(tmp_path: Path, capsys: py
     # Another time the section is replaced, and the other one is kept.
     assert bench["measure"]({"loss": works}, tmp_path) == []
     assert [row.section for row in read_rows(tmp_path)] == ["memory", "memory"]
+
+
+def test_what_was_measured_on_a_card_is_kept_where_there_is_none(tmp_path: Path) -> None:
+    bench = runpy.run_path(str(BENCH))
+    on_a_card = replace(ROW, section="gpu_loss", device="cuda")
+    unmeasured = [replace(ROW, section=name, device="cuda", ratio=None) for name in ("gpu_step", "loss")]
+    bench["measure"]({"loss": lambda _: iter([ROW])}, tmp_path)
+    write_rows(tmp_path, [on_a_card, *unmeasured], read_provenance(tmp_path))
+    said: list[str] = []
+    left = bench["without_those_of_a_card"](["loss", "gpu_loss", "gpu_step"], tmp_path, said.append)
+    assert left == ["loss", "gpu_step"] and said == ["gpu_loss: no GPU here; what was measured on one is kept"]
 
 
 def test_a_section_that_is_stopped_says_so(tmp_path: Path) -> None:

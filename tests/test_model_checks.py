@@ -112,7 +112,7 @@ def test_gradient_that_is_not_finite_is_refused_rather_than_robust(
     model, images, labels = linear_problem(classes=4)
     at_once = isolation._reads_at_once(device_type)
     monkeypatch.setattr(isolation, "_reads_at_once", lambda _: at_once)
-    images_said = "40 of 40 images" if at_once else "40 images of a batch"
+    images_said = "40 of 40 images" if at_once else "some of the images"
     with pytest.raises(UserError, match=f"the model's gradient is not finite for {images_said}; gradient attacks"):
         run_attack(build_attack(config), Broken(model).eval(), images, labels, epsilon=0.1)
     run_attack(build_attack(config), model, images, labels, epsilon=0.1)

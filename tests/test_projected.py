@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, TransferConfig
-from drs.attacks import build_attack, run_attack
+from drs.attacks import build_attack, climbing, run_attack
 from drs.attacks.climbing import climb, project, random_start, room_for
 from drs.attacks.objectives import FAMILIES, Objective, logit_scale, margin
 from drs.data import LabelledImages
@@ -289,6 +289,36 @@ def test_climb_does_what_a_plain_one_does(
         assert len(set(sizes)) > 2 and all(size == len(images) or size == room(size, "cpu") for size in sizes)
     else:
         assert set(sizes) == {len(images)}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_on_a_card_what_has_fallen_leaves_a_step_later_and_nothing_else_changes(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images, labels = linear_problem(classes=5)
+    objective = next(FAMILIES["margin"](model(images).detach(), labels))
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+
+    def climbed() -> tuple[Tensor, ...]:
+        sizes.clear()
+        return climb(
+            model, images, labels, {"linf": 0.004, "l2": 0.02}[norm], objective, norm=norm, steps=8,
+            relative_step_size=0.5, start=images,
+        )  # fmt: skip
+
+    at_once, expected = climbed(), list(sizes)
+    monkeypatch.setattr(climbing, "room_for", lambda standing, _: standing)
+    monkeypatch.setattr(climbing, "_drops_at_once", lambda _: False)
+    later = climbed()
+    assert len(set(expected)) > 2 and sizes == [len(images), *expected[:-1]]
+    for one, other in zip(later, at_once, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    sizes.clear()
+    _, fallen, _, _ = climb(
+        model, images, labels, 1.0, objective, norm="linf", steps=8, relative_step_size=0.5, start=images
+    )
+    assert fallen.all() and len(sizes) < 9, "a climb ends once all have fallen"
 
 
 def test_on_a_cpu_what_has_fallen_leaves_at_once_and_on_a_card_sizes_are_shared() -> None:

@@ -5,6 +5,7 @@ step shrinks to 0 along half a cosine, so that the last iterates settle.
 """
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -91,6 +92,27 @@ class _Spheres:
         return type(self)(self.centre.index_select(0, kept), self.epsilon)
 
 
+def _drops_at_once(device_type: str) -> bool:
+    """Return whether what has fallen is dropped before the next step; an accelerator would have to be waited for."""
+    return device_type == "cpu" or DROP_AT_ONCE
+
+
+def _reading(count: Tensor) -> Callable[[], int]:
+    """Begin to bring a count to the host; return what waits until it is there, and not for later work, and reads it."""
+    if not count.is_cuda:
+        return lambda: int(count)
+    held = torch.empty((), dtype=count.dtype, pin_memory=True)
+    held.copy_(count, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(count.device))
+
+    def read() -> int:
+        arrived.synchronize()
+        return int(held)
+
+    return read
+
+
 def room_for(standing: int, device_type: str) -> int:
     """Return the size of the batch that so many samples go on in.
 
@@ -98,7 +120,7 @@ def room_for(standing: int, device_type: str) -> int:
     few samples more cost little: sizes are multiples of 16, from 512 samples on of a power of two between a
     thirty-second and a sixteenth of the size, so that climbs share them.
     """
-    if device_type == "cpu" or DROP_AT_ONCE:
+    if _drops_at_once(device_type):
         return standing
     grain = max(16, 1 << max(0, standing.bit_length() - 5))
     return -(-standing // grain) * grain
@@ -125,6 +147,7 @@ class _Climbers:
         self.standing = ~self.fallen
         self.rows = torch.arange(len(start), device=start.device)
         self.whole: tuple[Tensor, Tensor, Tensor] | None = None
+        self.counted: Callable[[], int] | None = None
 
     def look(self, logits: Tensor, first: bool) -> None:
         """Compare the current iterates, of logits ``[M, K]``, with the best before, if there are any."""
@@ -144,7 +167,7 @@ class _Climbers:
         """Take a step, with what stands and no more fallen than there is room for; False if nothing stands."""
         self.current = self.current.detach()
         if self.drop_fallen:
-            standing = int(self.standing.sum())  # the one wait for the device in a step
+            standing = self._count()
             if not standing:
                 return False
             size = room_for(standing, gradient.device.type)
@@ -152,6 +175,17 @@ class _Climbers:
                 gradient = self._shrink(size, gradient)
         self.current = self.balls.move(self.current, gradient, length)
         return True
+
+    def _count(self) -> int:
+        """Return how many stand; on an accelerator, how many stood a step before, which are no fewer.
+
+        The host then has the next step ready for the device before this one is done, and waits once a step.
+        """
+        count = self.standing.sum()
+        if _drops_at_once(count.device.type):
+            return int(count)
+        before, self.counted = self.counted, _reading(count)
+        return len(self.rows) if before is None else before()
 
     def _shrink(self, size: int, gradient: Tensor) -> Tensor:
         """Store what has fallen and keep so many samples, those that stand first; return the gradient of these."""

@@ -158,7 +158,8 @@ def strong_row(
         section, f"strong suite, one {model} on {data}, {samples} images", "ours", f"{bound:g} s", "s", seconds, bound,
         ratio, ratio, ratio, 1, "<= 1", device, torch.get_num_threads(), held=not cut,
         note=" ".join(("a whole process, its tables, figures and report included", *settings)) + cut,
-        reason="An image that stands at the smaller epsilon sees all steps of nearly all attacks, several hundred "
+        reason=("It was" + cut.removeprefix(";") + ". " if cut else "")
+        + "An image that stands at the smaller epsilon sees all steps of nearly all attacks, several hundred "
         "gradients; with what a gradient takes, those set the time. The study's cells say what each attack took.",
     )  # fmt: skip
 
