@@ -1,5 +1,6 @@
 """The parts of README.md that come from a study's tables, between markers, so that no number is typed by hand."""
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -205,20 +206,28 @@ def _standing(rows: pd.DataFrame) -> str:
 
 
 def _label_sets() -> list[str]:
-    """Write the ratio of times for each size of the logits, as the benchmark measured it."""
+    """Write the ratio of times for each size of the logits, as the benchmark measured it, on a CPU and on a GPU."""
     rows = pd.read_csv(BENCH)
-    wanted = (rows["section"] == "loss") & rows["case"].str.startswith("forward and backward") & ~rows["tried"]
+    loss = rows["section"].isin(["loss", "gpu_loss"])
+    wanted = rows[loss & rows["case"].str.startswith("forward and backward") & ~rows["tried"]]
+    places = json.loads((BENCH.parent / "provenance.json").read_text(encoding="utf-8"))
+    gpu = places.get("gpu_loss", {}).get("hardware", {}).get("gpu", "none")
     lines = []
-    for (case, device), sizes in rows[wanted].groupby(["case", "device"], sort=False):
+    for case, sizes in wanted.groupby("case", sort=False):
         size = str(case).partition(", ")[2].replace(" x ", " × ")
-        ratios = [
-            f"× {fixed(row['ratio'], 2)}{interval(fixed(row['low'], 2), fixed(row['high'], 2))} on "
-            f"{int(row['threads'])} thread{'s' if row['threads'] > 1 else ''}"
-            for _, row in sizes.iterrows()
+        on_cpu = [
+            f"{_ratio(row)} on {int(row['threads'])} thread{'s' if row['threads'] > 1 else ''}"
+            for _, row in sizes[sizes["device"] == "cpu"].iterrows()
             if pd.notna(row["ratio"])
         ]
-        lines.append(f"{size} logits, {str(device).upper()}: {', '.join(ratios) or 'not measured'}")
+        on_gpu = [_ratio(row) for _, row in sizes[sizes["device"] == "cuda"].iterrows() if pd.notna(row["ratio"])]
+        card = f"; {gpu}: {', '.join(on_gpu)}" if on_gpu else "; GPU: not measured"
+        lines.append(f"{size} logits, CPU: {', '.join(on_cpu) or 'not measured'}{card}")
     return lines
+
+
+def _ratio(row: pd.Series) -> str:
+    return f"× {fixed(row['ratio'], 2)}{interval(fixed(row['low'], 2), fixed(row['high'], 2))}"
 
 
 def _mean(models: pd.DataFrame, column: str) -> str:
