@@ -29,6 +29,7 @@ from drs.attack_config import (
     check_attack,
 )
 from drs.attacks import build_attack, run_attack
+from drs.attacks.carlini_wagner import _Clipped
 from drs.attacks.minimal_norm import SMALLEST_START, _misclassified, adversarial_starts
 from drs.attacks.objectives import FAMILIES
 from drs.cells import Cell
@@ -147,6 +148,16 @@ def test_a_start_that_another_batch_size_rounds_back_is_left_out() -> None:
     left = _misclassified(Rounding(), starts, torch.zeros(4, dtype=torch.int64), torch.arange(4))
     assert left.tolist() == [2, 3]
     assert asked == [4, 3, 2], "the rest is asked again until all of it is misclassified in one batch"
+
+
+def test_cw_sees_clipped_images_and_a_gradient_beyond_the_pixel_range_too() -> None:
+    """Without it a pixel that has left the range would never come back."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.tensor([-0.05, 0.0, 0.5, 1.08]).view(1, 1, 2, 2).requires_grad_()
+    logits = _Clipped(linear)(images)
+    torch.testing.assert_close(logits, linear(images.detach().clamp(0, 1)))
+    (gradient,) = torch.autograd.grad(logits[0, 0], images)
+    assert torch.equal(gradient.flatten(), linear[1].weight[0])
 
 
 @pytest.mark.parametrize("distance", [1.0, 0.02])
