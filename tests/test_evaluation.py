@@ -228,3 +228,28 @@ def test_busy_time_counts_what_ran_side_by_side_once_and_pauses_never() -> None:
     assert busy_seconds([]) == 0
     assert busy_seconds([(0, 10), (5, 12), (6, 7), (20, 21)]) == 13
     assert busy_seconds([(20, 21), (0, 10)]) == 11
+
+
+def test_smallest_norms_of_models_and_comparators_are_medians_over_the_attacks_of_a_norm(study: Path) -> None:
+    models = read(study, "models").set_index("run_id")
+    expected = {}
+    for run in finished_runs(study):
+        files = [
+            load_arrays_file(path) for name in ("cw-", "cw_torchattacks-") for path in run.path.glob(f"eval/{name}*")
+        ]
+        n = len(files[0]["labels"])
+        assert len(files) == 2 and n == 60, "the search, and the other attack without a bound"
+        norms = [np.where(file["logits"].argmax(1) != file["labels"], file["distance"], np.inf)[:n] for file in files]
+        expected[run.run_id] = float(np.median(np.minimum(*norms)))
+    assert models["norm.smallest_l2"].to_dict() == pytest.approx(expected) and len(expected) == 8
+    gains = read(study, "paired_differences")
+    found = gains[gains["attack"] == "norm.smallest_l2"].set_index(["loss", "loss_weight"])["difference"]
+    assert len(found) == 3
+    for (loss, weight), difference in found.items():
+        chosen = models[(models["loss"] == loss) & (models["loss_weight"] == weight)].set_index("seed")
+        baseline = models[models["loss"] == "ce"].set_index("seed")
+        assert difference == pytest.approx((chosen["norm.smallest_l2"] - baseline["norm.smallest_l2"]).mean())
+    table = read(study, "comparators").set_index(["loss", "loss_weight"])
+    means = models.groupby(["loss", "loss_weight"])["norm.smallest_l2"].mean()
+    for setting, mean in means.items():
+        assert table.loc[setting, "mean.norm.smallest_l2"] == pytest.approx(mean)
