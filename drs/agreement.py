@@ -29,7 +29,8 @@ SECOND: dict[str, AttackConfig] = {
         "projected", "l2", objectives=["margin", "ce"], steps=60, restarts=3, relative_step_size=0.5
     ),
 }
-"""The second implementations, ours: attacks at a radius that share no code with the libraries."""
+"""The second implementations, ours: attacks at a radius, without the libraries' code. FMN shares a part with them: the
+starts of its searches come from a climb of ours."""
 PAIRS = {
     "apgd_ce": CROSS_ENTROPY, "apgd_t": MARGIN, "fab_t": MARGIN, "fmn_linf": MARGIN, "fmn_l2": MARGIN_L2,
     "cw": MARGIN_L2,

@@ -71,7 +71,8 @@ class CWConfig(AttackConfig):
         confidence: Margin to be reached, kappa in the paper.
         initial_const: The first constant.
         abort_early: Stop a constant whose loss no longer falls.
-        targets: Classes searched in turn, the nearest by clean logits first.
+        targets: Searches: one for any class but the label, each further one for the class that is nearest by clean
+            logits of those not reached before.
     """
 
     binary_search_steps: int = 6

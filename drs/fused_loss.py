@@ -40,6 +40,15 @@ def again(eager: EagerLoss, logits: Tensor, gradient: Tensor) -> Tensor:
     return twice
 
 
+def kept_gradient(ctx: Any, gradient: Tensor) -> Tensor:
+    """Return the gradient with respect to the logits of a form that has kept them and the derivative by them."""
+    logits, derivative = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return again(ctx.eager, logits, gradient)
+    # A product even with 1: what is kept must not become the gradient that others go on to change.
+    return derivative * gradient
+
+
 class _LossInFewCalls(Function):
     """For few elements, where it is calls that take the time: the gradient is worked out on the way forward.
 
@@ -70,11 +79,7 @@ class _LossInFewCalls(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient with respect to the logits."""
-        logits, derivative = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return again(ctx.eager, logits, gradient), None, None, None, None
-        # A product even with 1: what is kept must not become the gradient that others go on to change.
-        return derivative * gradient, None, None, None, None
+        return kept_gradient(ctx, gradient), None, None, None, None
 
 
 class _LossInFewPasses(Function):
@@ -142,6 +147,8 @@ def _triton_form(classes: int) -> type[Function] | None:
         probe(classes)
     except ImportError:
         return None
+    except torch.OutOfMemoryError:
+        raise  # it says nothing of the kernel
     except Exception as error:  # of the driver and of each compiler involved
         reason = " ".join(str(error).split())[:300]
         warnings.warn(f"DR-softmax runs without its Triton kernel: {type(error).__name__}: {reason}", stacklevel=2)

@@ -28,9 +28,9 @@ class SuiteConfig:
         n_decisive: Like ``n_samples``, for the attacks at the decisive epsilons and for the worst case; a data set
             without one uses ``n_samples``.
         sanity: The checks that every model goes through, or null for none.
-        tf32: Whether attacks may search in TF32 where a card has it, which is several times as fast and can make them
-            weaker; what they find is judged in float32, and the sanity checks are in float32 altogether. Part of a
-            result's identity.
+        tf32: Whether attacks may search in TF32 where a card has it, which is faster and can make them weaker; what
+            they find is judged in float32, and the sanity checks are in float32 altogether. Part of a result's
+            identity.
     """
 
     name: str

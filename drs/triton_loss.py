@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from drs.fused_loss import EagerLoss, again
+from drs.fused_loss import EagerLoss, kept_gradient
 
 triton: Any = importlib.import_module("triton")  # comes with a torch for CUDA, and with no other
 tl: Any = importlib.import_module("triton.language")
@@ -205,8 +205,4 @@ class LossInTriton(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Return the gradient with respect to the logits."""
-        logits, derivative = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return again(ctx.eager, logits, gradient), None, None, None, None
-        # A product even with 1: what is kept must not become the gradient that others go on to change.
-        return derivative * gradient, None, None, None, None
+        return kept_gradient(ctx, gradient), None, None, None, None

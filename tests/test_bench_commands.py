@@ -16,7 +16,7 @@ from conftest import compose_train
 from hydra import compose, initialize_config_dir
 from test_benchmarks import ROW
 
-from drs.benchmarks import gpu
+from drs.benchmarks import commands, gpu
 from drs.benchmarks.cards import (
     Recipe,
     airbench_recipe,
@@ -218,7 +218,30 @@ def test_strong_suite_is_timed_as_a_whole(tmp_path: Path) -> None:
     beside = precision_row(row, os.environ, tmp_path, data="digits", samples=20, settings=["workers=1"])
     assert beside.tried and beside.case == row.case and beside.ratio is not None
     assert "differ by +0.0 to +0.0 points" in beside.note  # a CPU has no TF32
-    assert len(list(tmp_path.glob("strong/runs/*/eval/pgd@0.1-*.npz"))) == 2, "each precision has cells of its own"
+
+
+def test_both_precisions_compute_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    cells, tables = tmp_path / "strong" / "runs" / "one" / "eval", tmp_path / "strong" / "tables"
+    cells.mkdir(parents=True)
+    tables.mkdir()
+
+    def run(commands: Any, *_: Any) -> float:
+        ((script, *arguments),) = commands
+        asked.append(arguments[-5])
+        assert script == "evaluate.py" and not cells.exists(), "what one has computed is not there for the other"
+        cells.mkdir()
+        accuracy = 0.5 + 0.01 * len(asked)
+        row = f"pgd,linf,0.1,False,{accuracy}"
+        (tables / "accuracy.csv").write_text(f"attack,norm,epsilon_label,cumulative,robust_accuracy\n{row}\n")
+        return 3.0 * len(asked)
+
+    monkeypatch.setattr(commands, "seconds_of", run)
+    row = precision_row(
+        replace(ROW, case="strong suite, one mlp, 9 images"), {}, tmp_path, data="digits", samples=5, settings=[]
+    )
+    assert asked == ["suite.tf32=true", "suite.tf32=false"] and row.case == "strong suite, one mlp, 5 images"
+    assert row.ratio == 0.5 and "differ by -1.0 to -1.0 points" in row.note
 
 
 def test_strong_suite_that_takes_too_long_is_stopped_and_misses(tmp_path: Path) -> None:
@@ -227,4 +250,4 @@ def test_strong_suite_that_takes_too_long_is_stopped_and_misses(tmp_path: Path) 
         "strong", training, os.environ, tmp_path, samples=20, bound=10, device="cpu", settings=["workers=1"], within=0.2
     )
     assert row.ours_median == 0.2 and row.verdict == "missed"
-    assert row.note.endswith("workers=1; stopped after 0.2 s")
+    assert row.note.endswith("; with workers=1; stopped after 0.2 s")

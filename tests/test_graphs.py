@@ -245,8 +245,9 @@ def test_a_graph_on_a_card_trains_the_same_models(few: LabelledImages) -> None:
         graphed = fit_graphed(configs, training, cuda, models_per_graph=models_per_graph)
         alone = [fit(config, training, training.first(0), cuda)[0] for config in configs]
         for one, other in zip(weights_of(graphed), weights_of(alone), strict=True):
-            # A gradient near 0 whose sign rounding decides moves a weight by up to the learning rate.
-            torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+            # A gradient near 0 whose sign rounding decides moves a weight by up to the learning rate, step by step.
+            apart = (one - other).abs()
+            assert apart.max() < 2e-2 and (apart > 1e-3).float().mean() < 0.02
     many = [config for config in configs for _ in range(STREAMS)]
     graphed = fit_graphed(many, training, cuda, models_per_graph=len(many))  # more models than there are streams
     for which, config in enumerate(configs):

@@ -1,6 +1,8 @@
 """The losses against closed forms, finite differences and second implementations."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drs.comparator_losses import complement_entropy
+from drs.config import PROJECT_ROOT
 from drs.losses import LOSSES, DRSoftmaxLoss, build_loss, distribution_penalty
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5, 3.0], [0.0, 1.0, 2.0, -1.0]])
@@ -207,3 +210,12 @@ def test_bad_shapes_and_types(logits: torch.Tensor, labels: torch.Tensor, messag
 def test_bad_switch_is_named(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         DRSoftmaxLoss(**options)
+
+
+def test_a_cpu_imports_no_triton() -> None:
+    code = (
+        "import sys, torch, drs.losses; z = torch.randn(3, 4, requires_grad=True)\n"
+        "drs.losses.DRSoftmaxLoss()(z, torch.tensor([0, 1, 3])).backward()\n"
+        "assert z.grad is not None and not {'triton', 'drs.triton_loss'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)

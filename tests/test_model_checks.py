@@ -149,3 +149,32 @@ def test_attack_and_its_score_run_without_tf32(monkeypatch: pytest.MonkeyPatch) 
     run_attack(build_attack(FGSMConfig("fgsm", "linf")), model, images, labels, epsilon=0.1)
     assert seen and not any(seen)
     assert torch.backends.cudnn.allow_tf32
+
+
+class Interrupted(Broken):
+    """The same, and the user interrupts the second pass, or memory runs out in it."""
+
+    def __init__(self, model: nn.Module, error: BaseException) -> None:
+        super().__init__(model)
+        self.error, self.passes = error, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += images.requires_grad
+        if self.passes == 2:
+            raise self.error
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("full"), ValueError("boom")])
+def test_late_watch_hides_no_interrupt_and_no_lack_of_memory(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "_reads_at_once", lambda _: False)
+    linear, images, labels = linear_problem(classes=4)
+    model = Interrupted(linear, error).eval()
+    expected = UserError if isinstance(error, ValueError) else type(error)
+    with pytest.raises(expected), isolation.isolated(model, 0):
+        for _ in range(2):
+            leaf = images.clone().requires_grad_()
+            model(leaf).sum().backward()
+    assert not model._forward_pre_hooks

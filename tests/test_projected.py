@@ -321,6 +321,22 @@ def test_on_a_card_what_has_fallen_leaves_a_step_later_and_nothing_else_changes(
     assert fallen.all() and len(sizes) < 9, "a climb ends once all have fallen"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.004), ("l2", 0.02)])
+def test_a_climb_on_a_card_is_that_on_a_cpu(norm: str, epsilon: float) -> None:
+    model, images, labels = linear_problem(classes=5)
+    objective = next(FAMILIES["margin"](model(images).detach(), labels))
+    found = [
+        climb(
+            model.to(device), images.to(device), labels.to(device), epsilon, objective, norm=norm, steps=8,
+            relative_step_size=0.5, start=images.to(device),
+        )
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other.cpu(), rtol=0, atol=1e-4)
+
+
 def test_on_a_cpu_what_has_fallen_leaves_at_once_and_on_a_card_sizes_are_shared() -> None:
     assert [room_for(standing, "cpu") for standing in (1, 17, 9999)] == [1, 17, 9999]
     rooms = [room_for(standing, "cuda") for standing in range(1, 10_001)]

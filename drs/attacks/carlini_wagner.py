@@ -119,6 +119,9 @@ class CarliniWagner:
         asked = torch.zeros_like(clean, dtype=torch.bool).scatter(1, labels.unsqueeze(1), True)
         result, smallest = images.clone(), torch.full_like(labels, torch.inf, dtype=torch.float64)
         for number in range(min(self.targets, clean.shape[1] - 1)):
+            if bool(asked.all()):
+                break
+            # Where every class was reached it is any class, and what is found counts only if it is not the label.
             nearest = clean.masked_fill(asked, -torch.inf).argmax(dim=1)
             asked.scatter_(1, nearest.unsqueeze(1), number > 0)
             criterion = TargetedMisclassification(nearest) if number else Misclassification(labels)

@@ -101,7 +101,7 @@ def _reading(count: Tensor) -> Callable[[], int]:
     """Begin to bring a count to the host; return what waits until it is there, and not for later work, and reads it."""
     if not count.is_cuda:
         return lambda: int(count)
-    held = torch.empty((), dtype=count.dtype, pin_memory=True)
+    held = torch.empty((), dtype=count.dtype, device="cpu", pin_memory=True)
     held.copy_(count, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(count.device))

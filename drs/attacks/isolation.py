@@ -59,17 +59,24 @@ def isolated(model: nn.Module, seed: int, tf32: bool = False) -> Iterator[None]:
     """Do as ``seeded`` does, and watch the gradients.
 
     Raises:
-        UserError: From inside the attack, where the gradient for an image is not finite.
+        UserError: Where the gradient for an image is not finite: on a CPU from inside the attack, else at its end.
     """
     with seeded(model, seed, tf32):
         late = None if _reads_at_once(_device_type(model)) else LateWatch()
         watch = model.register_forward_pre_hook(late or watch_gradient)
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if late is not None:  # what breaks a gradient breaks more, and says less
+                late.check()
+            raise
+        else:
+            if late is not None:
+                late.check()
         finally:
             watch.remove()
-            if late is not None:  # also where the attack fails: what breaks a gradient breaks more
-                late.check()
 
 
 def _reads_at_once(device_type: str) -> bool:
@@ -90,7 +97,8 @@ class LateWatch:
 
     def _note(self, gradient: Tensor) -> None:
         # One kernel; it is NaN where an entry is, and infinite only where one is.
-        self._largest.append(torch.linalg.vector_norm(gradient, ord=math.inf))
+        if gradient.numel():
+            self._largest.append(torch.linalg.vector_norm(gradient, ord=math.inf))
 
     def check(self) -> None:
         """Raise ``UserError`` if a gradient was not finite."""

@@ -1,6 +1,7 @@
 """Whole commands of this project, timed as their user runs them: sweeps, studies, the strong suite."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,7 +158,8 @@ def strong_row(
     return Row(
         section, f"strong suite, one {model} on {data}, {samples} images", "ours", f"{bound:g} s", "s", seconds, bound,
         ratio, ratio, ratio, 1, "<= 1", device, torch.get_num_threads(), held=not cut,
-        note=" ".join(("a whole process, its tables, figures and report included", *settings)) + cut,
+        note="a whole process, its tables, figures and report included"
+        + (f"; with {' '.join(settings)}" if settings else "") + cut,
         reason=("It was" + cut.removeprefix(";") + ". " if cut else "")
         + "An image that stands at the smaller epsilon sees all steps of nearly all attacks, several hundred "
         "gradients; with what a gradient takes, those set the time. The study's cells say what each attack took.",
@@ -188,6 +190,8 @@ def precision_row(row: Row, environment: Mapping[str, str], results: Path, *, da
     """
     seconds, accuracies = [], []
     for tf32 in ("true", "false"):
+        for folder in results.glob("strong/runs/*/eval"):  # what is there from before would not be computed again
+            shutil.rmtree(folder)
         command = strong_command(results, data, samples, row.device, [*settings, f"suite.tf32={tf32}"])
         seconds.append(seconds_of([command], environment))
         table = pd.read_csv(results / "strong" / "tables" / "accuracy.csv")
