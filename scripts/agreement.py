@@ -23,6 +23,7 @@ from drs.entrypoint import run_script
 from drs.errors import UserError
 from drs.files import atomic_write
 from drs.filling import load_test
+from drs.provenance import describe_machine
 from drs.runs import RunFolder
 from drs.sweeper import register_plugins
 
@@ -49,8 +50,21 @@ def main() -> int:
     print(text)
     if arguments.out:
         with atomic_write(arguments.out) as temporary:
-            temporary.write_text(text + "\n")
+            temporary.write_text(f"{heading(arguments.images)}\n\n{text}\n", encoding="utf-8")
     return 0 if all(row.agrees for row in rows) else 1
+
+
+def heading(images: int) -> str:
+    """Return the title of the table and where its figures come from."""
+    place = describe_machine(torch.device("cpu"))
+    versions = ", ".join(f"{name} {place['versions'][name]}" for name in ("torch", "torchattacks", "foolbox"))
+    return (
+        "# Agreement of library attacks with a second implementation\n\n"
+        f"Robust accuracy over {images} test images under an attack of a library, as the strong suite has it, and under "
+        "one of this project on the same problem. Made by `python scripts/agreement.py` on "
+        f"{place['created'][:10]} at commit `{place['commit'][:12]}`{' with changes' if place['dirty'] else ''}: "
+        f"{versions}."
+    )
 
 
 def find_runs(study: Path, names: list[str]) -> list[RunFolder]:

@@ -106,7 +106,8 @@ def test_script_compares_a_published_model_and_writes_the_table_where_it_is_told
     out = tmp_path / "agreement.md"
     finished = _run("--runs", "mnist-lenet-ce", "--images", "20", "--attacks", "fmn_linf", "--out", str(out))
     lines = finished.stdout.splitlines()
-    assert len(lines) == 4 and out.read_text() == finished.stdout, finished.stderr
+    assert len(lines) == 4 and out.read_text().endswith("\n\n" + finished.stdout), finished.stderr
+    assert "# Agreement" in out.read_text() and "over 20 test images" in out.read_text()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["linf 0.1", "linf 0.2"]
     # An image is five points here, so the status says what the last column does.
     assert finished.returncode == (1 if any(line.endswith("| no |") for line in lines) else 0)
