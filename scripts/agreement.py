@@ -60,8 +60,8 @@ def heading(images: int) -> str:
     versions = ", ".join(f"{name} {place['versions'][name]}" for name in ("torch", "torchattacks", "foolbox"))
     return (
         "# Agreement of library attacks with a second implementation\n\n"
-        f"Robust accuracy over {images} test images under an attack of a library, as the strong suite has it, and under "
-        "one of this project on the same problem. Made by `python scripts/agreement.py` on "
+        f"Robust accuracy over {images} test images under an attack of a library, as the strong suite has it, and "
+        "under one of this project on the same problem. Made by `python scripts/agreement.py` on "
         f"{place['created'][:10]} at commit `{place['commit'][:12]}`{' with changes' if place['dirty'] else ''}: "
         f"{versions}."
     )
