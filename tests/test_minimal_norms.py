@@ -208,8 +208,8 @@ MARGIN_L2 = ProjectedConfig(
 RADII = {"l2": 1.5, "linf": 0.1}
 SAME_RADIUS: dict[str, dict[str, tuple[AttackConfig, ProjectedConfig, float]]] = {
     # Each with what solves the same problem, and by how many points they may differ: one, a single image of 100.
-    # scripts/agreement.py compares more images, at the suite's settings. FAB-T cannot be within one: it ends 1 to 3 %
-    # beyond the norms that the others find, with 500 steps or five restarts too.
+    # scripts/agreement.py compares more images, at the suite's settings. FAB-T is not within one, at the
+    # suite's settings either: it stops short of the smallest norms.
     "l2": {
         "FMN": (FMNFromStartConfig("fmn_from_start", "l2", steps=60), MARGIN_L2, 1.0),
         "CW": (CWConfig("cw", "l2", binary_search_steps=5, steps=60, step_sizes=[0.05]), MARGIN_L2, 1.0),

@@ -145,9 +145,8 @@ class TargetedFAB(_LibraryAttack):
 
     In Linf the library's projection is replaced by a faster one with the same result.
 
-    It stops short of the smallest norms. Where FMN finds 0.1 on published LeNets of MNIST, it ends 1 to 3 % beyond,
-    with five times the steps, with five restarts, and with other step lengths too, so that some three points more stand
-    than under margin PGD at that radius.
+    It stops short of the smallest norms, so that more images stand than under margin PGD in the same ball;
+    ``scripts/agreement.py`` shows how many.
 
     Args:
         norm: ``linf`` or ``l2``.
