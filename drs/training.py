@@ -76,12 +76,13 @@ def _train_claimed(
         device, training, validation = prepared or _prepare(config)
         held.check()
         folder.write_config(config)
-        folder.write_status(state="running", started=time.time(), epochs=config.epochs)
         # What W&B is told comes last, so that a server that does not answer keeps no result from being written.
         with (
             open_tracker(config.tracking, folder.run_id, identity(config), folder.path.parent.parent) as tracker,
             deferred_interrupts() as interrupts,
         ):
+            # Not before interrupts are deferred: one in between would leave a run that says it is running.
+            folder.write_status(state="running", started=time.time(), epochs=config.epochs)
             keeper = Keeper(folder, held, interrupts, config.save_seconds)
             try:
                 model, rows = fit(

@@ -113,6 +113,23 @@ def test_what_is_said_and_kept_between_two_starts(
     assert f"run {folder.run_id}: was interrupted\nrun {folder.run_id}: goes on after epoch 2\n" in said
 
 
+@pytest.mark.parametrize("earlier", [None, "interrupted"])
+def test_interrupt_before_the_first_step_leaves_no_run_that_says_it_is_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: str | None
+) -> None:
+    folder = interrupted(tmp_path, monkeypatch) if earlier else run_folder(small(tmp_path))
+
+    def end(*_: Any) -> None:
+        raise Interrupted(signal.SIGTERM)  # as a signal does while a tracker waits for its server
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "open_tracker", end)
+        with pytest.raises(Interrupted):
+            train(small(tmp_path))
+    assert folder.status().get("state") == earlier
+    assert train(small(tmp_path)).state == "done"
+
+
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> RunFolder:
     config = small(tmp_path, *overrides)
     with monkeypatch.context() as patch:
