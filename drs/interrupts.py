@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from drs.errors import Interrupted
 
@@ -18,10 +19,11 @@ def interrupt_on_termination() -> None:
 
 def _interrupt(number: int, _: FrameType | None) -> None:
     if is_first_request():
-        raise Interrupted(number)
+        interrupt(number)
 
 
 _requested = False
+_raised = 0
 
 
 def is_first_request() -> bool:
@@ -35,11 +37,22 @@ def is_first_request() -> bool:
     return first
 
 
+def interrupt(number: int) -> NoReturn:
+    """Raise ``Interrupted`` from a signal's handler. What Python drops of it, the next ``Deferred`` knows.
+
+    An exception is dropped in a finalizer, in the callback of a weak reference and in compiled code that takes it for
+    something else.
+    """
+    global _raised
+    _raised = number
+    raise Interrupted(number)
+
+
 class Deferred:
-    """Whether the program was asked to end."""
+    """Whether the program was asked to end, also before, where what a handler raised was lost."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = _raised
 
     def check(self) -> None:
         """Raise ``Interrupted`` if it was."""
@@ -73,3 +86,18 @@ def deferred_interrupts() -> Iterator[Deferred]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def whole_imports() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the imports in the block are done; a second SIGINT does not.
+
+    Compiled modules take an interrupt for a failed import of what they need, and go on without it: numpy and torch
+    do, so that the program would not end, or end with an error that is none.
+
+    Raises:
+        Interrupted: At the end of the block, if the program was asked to end.
+    """
+    with deferred_interrupts() as deferred:
+        yield
+    deferred.check()

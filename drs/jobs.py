@@ -10,6 +10,7 @@ from drs.config import TrainConfig, loss_label, loss_weight
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 from drs.integrity import SMALL_BYTES, check_files
+from drs.interrupts import whole_imports
 from drs.runs import RunFolder, run_folder
 
 CLAIM_FILE = "claim"
@@ -80,8 +81,8 @@ def run_job(config: TrainConfig, *, in_sweep: bool) -> TrainingResult:
         result = settled(config)
         if result is not None:
             return result
-        from drs.training import train
-
+        with whole_imports():
+            from drs.training import train
         return train(config, in_sweep=in_sweep)
     except ClaimedElsewhere as error:
         if not in_sweep:

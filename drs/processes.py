@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from drs.errors import Interrupted
-from drs.interrupts import is_first_request
+from drs.interrupts import interrupt, is_first_request
 
 PARENT_CHECK_SECONDS = 0.5
 GRACE_SECONDS = 20.0
@@ -27,7 +26,7 @@ class Work:
         """Handle a signal: interrupt the job that is running, and run no other."""
         cls.ending = True
         if is_first_request() and cls.running:
-            raise Interrupted(number)
+            interrupt(number)
 
 
 def end_with_parent(parent: int, is_busy: Callable[[], bool] = lambda: False) -> None:

@@ -39,8 +39,9 @@ def train(config: TrainConfig, *, in_sweep: bool = False) -> TrainingResult:
     """Train the model that a config describes, unless its run is settled; go on where an earlier start stopped.
 
     One process at a time trains a run. SIGINT and SIGTERM let it finish the step, keep its last finished epoch and
-    then raise ``Interrupted``. A loss that is not finite stops the training; the run is recorded as failed with its
-    epoch. Any other error is recorded as well, with its traceback, and raised.
+    then raise ``Interrupted``; after the last step the run is finished first. A loss that is not finite stops the
+    training; the run is recorded as failed with its epoch. Any other error is recorded as well, with its traceback,
+    and raised.
 
     Args:
         config: The training.
@@ -91,7 +92,9 @@ def _train_claimed(
             except Interrupted:
                 _keep_interrupted(config, keeper, began)
                 raise
-            return _finish(config, keeper, model, rows, device, began)
+            result = _finish(config, keeper, model, rows, device, began)
+        interrupts.check()  # one that came after the last step; other jobs may wait
+        return result
     except DivergedError as error:
         held.check()
         folder.write_status(

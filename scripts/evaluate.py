@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drs.config import evaluate_config
 from drs.entrypoint import report_mistakes, run_entrypoint
+from drs.interrupts import whole_imports
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
@@ -22,12 +23,13 @@ def main(config: DictConfig) -> None:
     """Evaluate the study that the config names."""
     typed = evaluate_config(config)
     # Imported late: torch is not needed to refuse a config.
-    from drs.evaluation import evaluate_study
-    from drs.html_report import write_html
-    from drs.report import draw_figures, write_report
-    from drs.run_failures import end_with_failures
-    from drs.study import is_current, mark_current, only_writer, write_study
-    from drs.tracking import log_evaluation
+    with whole_imports():
+        from drs.evaluation import evaluate_study
+        from drs.html_report import write_html
+        from drs.report import draw_figures, write_report
+        from drs.run_failures import end_with_failures
+        from drs.study import is_current, mark_current, only_writer, write_study
+        from drs.tracking import log_evaluation
 
     evaluation = evaluate_study(typed)
     if evaluation.cells and not is_current(evaluation, typed):

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
+from drs import interrupts
 from drs.composition import Composer
 from drs.config import PROJECT_ROOT, TrainConfig
 from drs.data import LabelledImages, load_test_split, load_training_split
@@ -36,6 +37,13 @@ def pytest_configure() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def not_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no test hear of a signal that an earlier one has sent to this process."""
+    monkeypatch.setattr(interrupts, "_requested", False)
+    monkeypatch.setattr(interrupts, "_raised", 0)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import pytest
 import torch
 from conftest import compose_train
 
-from drs import keeping, training
+from drs import interrupts, keeping, training
 from drs.claiming import claim
 from drs.config import PROJECT_ROOT, TrainConfig
 from drs.errors import Interrupted, UserError
-from drs.interrupts import deferred_interrupts
-from drs.jobs import CLAIM_FILE
+from drs.interrupts import deferred_interrupts, interrupt_on_termination, whole_imports
+from drs.jobs import CLAIM_FILE, run_job
 from drs.keeping import STATE_FILE, Keeper
 from drs.runs import RunFolder, run_folder
 from drs.training import train
@@ -330,3 +331,67 @@ def test_second_request_to_end_disturbs_nothing_unless_it_comes_from_the_keyboar
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         assert caught.value.number == signal.SIGINT
+
+
+@pytest.fixture
+def termination() -> Iterator[None]:
+    """Have SIGTERM raise ``Interrupted``, as the scripts do."""
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_on_termination()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def lose_an_interrupt() -> None:
+    """Send a signal while what it raises is dropped, as a compiled module's import of another one does."""
+    with suppress(Interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_interrupt_that_is_lost_ends_a_training_at_its_first_step(tmp_path: Path, termination: None) -> None:
+    lose_an_interrupt()
+    config = small(tmp_path)
+    with pytest.raises(Interrupted) as caught:
+        train(config)
+    assert caught.value.number == signal.SIGTERM
+    status = run_folder(config).status()
+    assert (status["state"], status["epoch"]) == ("interrupted", 0)
+
+
+def test_interrupt_after_the_last_step_lets_a_training_be_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, termination: None
+) -> None:
+    original = RunFolder.save_weights
+
+    def save(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments)
+
+    monkeypatch.setattr(RunFolder, "save_weights", save)
+    with pytest.raises(Interrupted):
+        train(small(tmp_path))
+    assert run_folder(small(tmp_path)).status()["state"] == "done"
+
+
+def test_imports_are_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, termination: None) -> None:
+    done = False
+    with pytest.raises(Interrupted) as caught, whole_imports():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        done = True
+    assert done and caught.value.number == signal.SIGTERM
+
+    class Finder:
+        """Is asked to end while the training's module is looked for."""
+
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "drs.training":
+                monkeypatch.setattr(interrupts, "_requested", False)
+                lose_an_interrupt()
+
+    monkeypatch.delitem(sys.modules, "drs.training")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(Interrupted):
+        run_job(small(tmp_path), in_sweep=True)
+    assert "drs.training" in sys.modules
+    assert not run_folder(small(tmp_path)).path.exists()
