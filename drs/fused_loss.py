@@ -57,11 +57,13 @@ class _LossInFewCalls(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
-        """Return the scalar loss; arguments as in ``fused_loss``."""
+    def value_and_derivative(
+        logits: Tensor, labels: Tensor, ce_weight: float, weight: float, *, gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scalar loss and its derivative ``[B, K]``; without ``gradient``, no derivative in its place."""
         index = labels.unsqueeze(1)
         values = torch.log_softmax(logits, dim=1)
-        probabilities = values.exp() if ctx.needs_input_grad[0] else None
+        probabilities = values.exp() if gradient else None
         cross_entropy = F.nll_loss(values, labels)
         others = values.scatter_(1, index, 0.0)  # in place: from here on, the names are of one tensor
         deviations = others.sub_(others.sum(dim=1, keepdim=True), alpha=1 / (logits.shape[1] - 1))
@@ -71,7 +73,15 @@ class _LossInFewCalls(Function):
         value = torch.add(cross_entropy, torch.dot(flat, flat), alpha=weight)
         if probabilities is not None:
             ce_scale = ce_weight / len(logits)
-            derivative = deviations.mul_(2 * weight).scatter_(1, index, -ce_scale).add_(probabilities, alpha=ce_scale)
+            deviations.mul_(2 * weight).scatter_(1, index, -ce_scale).add_(probabilities, alpha=ce_scale)
+        return value, deviations
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
+        """Return the scalar loss; arguments as in ``fused_loss``."""
+        needed = ctx.needs_input_grad[0]
+        value, derivative = _LossInFewCalls.value_and_derivative(logits, labels, ce_weight, weight, gradient=needed)
+        if needed:
             ctx.save_for_backward(logits, derivative)
             ctx.eager = eager
         return value
@@ -186,3 +196,23 @@ def fused_loss(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: floa
         return eager(logits)
     result: Tensor = chosen_form(logits, labels).apply(logits, labels, ce_weight, weight, eager)
     return result
+
+
+def fused_backward(logits: Tensor, labels: Tensor, *, ce_weight: float, weight: float) -> Tensor | None:
+    """Backpropagate ``fused_loss`` through what the logits came from and return its value, detached.
+
+    The derivative goes where autograd would bring it, bit for bit, and autograd is not asked: beside a small network
+    its own calls take as long as the loss does.
+
+    Returns:
+        None, with nothing done, where the loss takes a form that leaves its derivative to autograd.
+    """
+    if not len(labels) or torch._C._are_functorch_transforms_active():
+        return None
+    derive = getattr(chosen_form(logits, labels), "value_and_derivative", None)
+    if derive is None:
+        return None
+    with torch.no_grad():
+        value, derivative = derive(logits, labels, ce_weight, weight)
+    logits.backward(derivative)
+    return value

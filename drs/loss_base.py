@@ -79,6 +79,16 @@ class ClassificationLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             return self.compute(logits, labels, phase)
 
+    def backpropagate(self, logits: Tensor, labels: Tensor, phase: int = 0) -> Tensor:
+        """Compute the loss, add its gradient to that of every leaf behind the logits, and return the detached value.
+
+        The same as ``forward`` and then ``backward`` on what it returns; a loss that knows its derivative may take a
+        shorter way.
+        """
+        value: Tensor = self(logits, labels, phase)
+        value.backward()
+        return value.detach()
+
     def compute(self, logits: Tensor, labels: Tensor, phase: int) -> Tensor:
         """Return the scalar loss of checked float32 or float64 logits."""
         raise TypeError(f"{type(self).__name__} does not define compute")

@@ -19,7 +19,7 @@ from drs.comparator_losses import (
     LabelSmoothingLoss,
     LogitSqueezingLoss,
 )
-from drs.fused_loss import fused_loss
+from drs.fused_loss import fused_backward, fused_loss
 from drs.loss_base import ClassificationLoss, check_range, check_switch, check_targets, full_precision, row_dot
 
 Space = Literal["log_softmax", "softmax", "logits"]
@@ -128,12 +128,30 @@ class DRSoftmaxLoss(ClassificationLoss):
 
     def compute(self, logits: Tensor, labels: Tensor, phase: int) -> Tensor:
         """See ``ClassificationLoss``."""
-        if (self.space, self.center) != ("log_softmax", "non_label"):
+        if not self._is_fused:
             return self.eager(logits, labels)
-        weight = self.weight if self.reduction == "sum" else self.weight / max(len(labels), 1)
+        weight = self._weight_of_sum(labels)
         return fused_loss(
             logits, labels, ce_weight=self.ce_weight, weight=weight, eager=lambda again: self.eager(again, labels)
         )
+
+    def backpropagate(self, logits: Tensor, labels: Tensor, phase: int = 0) -> Tensor:
+        """See ``ClassificationLoss``."""
+        if self._is_fused and not torch.is_autocast_enabled(logits.device.type):
+            if self.validate:
+                check_targets(logits, labels)
+            weight = self._weight_of_sum(labels)
+            value = fused_backward(full_precision(logits), labels, ce_weight=self.ce_weight, weight=weight)
+            if value is not None:
+                return value
+        return super().backpropagate(logits, labels, phase)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.space == "log_softmax" and self.center == "non_label"
+
+    def _weight_of_sum(self, labels: Tensor) -> float:
+        return self.weight if self.reduction == "sum" else self.weight / max(len(labels), 1)
 
     def eager(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return what ``compute`` returns, in operations that autograd differentiates itself; slower, and as exact."""

@@ -61,9 +61,11 @@ def time_steps(
         for phase, optimizer in enumerate(optimizers[which]):
             optimizer.zero_grad(set_to_none=True)
             logits = model(chosen)
-            value = loss(logits, labels, phase)
             extra = procedures[which].regulariser(model, logits) if phase == 0 else None
-            (value if extra is None else value + extra).backward()
+            if extra is None:
+                loss.backpropagate(logits, labels, phase)
+            else:
+                (loss(logits, labels, phase) + extra).backward()
             optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -277,11 +277,12 @@ def _step(
         with autocast(images.device, precision):
             logits = forward(images)
             extra = procedure.regulariser(forward, logits) if phase == 0 else None
-        value = loss(logits, labels, phase)
-        if extra is not None:
-            value = value + extra
         optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        if extra is None:
+            value = loss.backpropagate(logits, labels, phase)
+        else:
+            value = loss(logits, labels, phase) + extra
+            value.backward()
         optimizer.step()
         schedule.step()
         if first is None:

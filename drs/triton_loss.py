@@ -192,6 +192,8 @@ def probe(classes: int) -> None:
 class LossInTriton(Function):
     """For a card. One tensor of the logits' size is kept, the gradient; cross-entropy keeps one too, log-softmax."""
 
+    value_and_derivative = staticmethod(value_and_derivative)
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ce_weight: float, weight: float, eager: EagerLoss) -> Tensor:
         """Return the scalar loss; arguments as in ``drs.fused_loss.fused_loss`` and ``value_and_derivative``."""

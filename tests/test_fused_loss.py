@@ -1,5 +1,6 @@
 """The loss with its closed-form gradient against the same loss in plain operations."""
 
+import functools
 import itertools
 import sys
 import types
@@ -12,7 +13,7 @@ from test_losses import LargeTensors, random_case
 
 from drs import fused_loss as module
 from drs.fused_loss import FEW_ELEMENTS, _reads_gradient, chosen_form, fused_loss
-from drs.losses import DRSoftmaxLoss
+from drs.losses import LOSSES, DRSoftmaxLoss, build_loss
 
 SWITCHES = list(itertools.product(["non_label", "all_classes"], ["sum", "mean"]))
 
@@ -238,3 +239,69 @@ def test_a_cpu_asks_for_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", None)
     logits, labels = random_case()
     DRSoftmaxLoss()(logits.float().requires_grad_(), labels).backward()
+
+
+def through_autograd(loss, logits, labels, phase):  # type: ignore[no-untyped-def]
+    value = loss(logits, labels, phase)
+    value.backward()
+    return value.detach()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_backpropagation_is_that_of_autograd_bit_for_bit(name: str) -> None:
+    """Through a network with shared leaves, in both phases, and twice, so that gradients add up."""
+    loss = build_loss(name)
+    images, labels = random_case(9, 6)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        weights = torch.linspace(-1, 1, 36, dtype=dtype).view(6, 6)
+        found, expected = [weights.clone().requires_grad_() for _ in range(2)]
+        for phase in [*range(loss.phases)] * 2:
+            values = [
+                function((images.to(dtype) @ leaf).tanh() * leaf.sum(), labels, phase)
+                for function, leaf in (
+                    (loss.backpropagate, found),
+                    (functools.partial(through_autograd, loss), expected),
+                )
+            ]
+            assert torch.equal(*values) and not values[0].requires_grad
+        assert found.grad is not None and expected.grad is not None and found.grad.abs().sum() > 0
+        assert torch.equal(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize(("center", "reduction"), SWITCHES)
+def test_backpropagation_heeds_the_switches(center: str, reduction: str) -> None:
+    logits, labels = random_case(5, 7)
+    loss = DRSoftmaxLoss(weight=0.3, ce_weight=1.7, center=center, reduction=reduction)
+    leaf = logits.detach().requires_grad_()
+    value = loss.backpropagate(leaf, labels)
+    expected = value_and_gradient(lambda z: loss(z, labels), logits)
+    assert torch.equal(value, expected[0]) and leaf.grad is not None and torch.equal(leaf.grad, expected[1])
+
+
+def test_backpropagation_asks_autograd_only_where_it_must(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In few calls, autograd does not see the loss; in few passes, under autocast and for an empty batch it does."""
+    logits, labels = random_case(5, 7)
+    loss = DRSoftmaxLoss()
+    forwards: list[str] = []
+    for taken in (module._LossInFewCalls, module._LossInFewPasses):
+        monkeypatch.setattr(
+            taken, "apply", lambda *_, name=taken.__name__, made=taken.apply: forwards.append(name) or made(*_)
+        )
+    leaf = logits.float().requires_grad_()
+    loss.backpropagate(leaf, labels)
+    assert forwards == ([] if form == "few calls" else ["_LossInFewPasses"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = loss.backpropagate(leaf, labels)
+    assert under_autocast.dtype == torch.float32 and torch.equal(under_autocast, loss(leaf, labels).detach())
+    loss.validate = False
+    empty = torch.empty(0, 7, requires_grad=True)
+    assert loss.backpropagate(empty, labels[:0]).isnan() and empty.grad is not None
+
+
+def test_backpropagation_refuses_what_the_loss_refuses() -> None:
+    logits, labels = random_case(5, 7)
+    for bad in (labels + 7, labels.double(), labels[:4]):
+        with pytest.raises(ValueError, match="labels? "):
+            DRSoftmaxLoss().backpropagate(logits.requires_grad_(), bad)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        DRSoftmaxLoss().backpropagate(logits.detach(), labels)

@@ -70,6 +70,21 @@ def assert_exact(loss: DRSoftmaxLoss, logits: torch.Tensor, labels: torch.Tensor
         assert (one - true).abs().max() <= 5e-6 * true.abs().max()
 
 
+@pytest.mark.parametrize(("batch", "classes"), CASES)
+def test_backpropagation_takes_the_kernel_and_no_autograd(
+    device: str, batch: int, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, labels = random_case(batch, classes, device)
+    loss = DRSoftmaxLoss(weight=0.3, ce_weight=1.7)
+    expected = value_and_gradient(lambda z: loss(z, labels), logits)
+    from drs.triton_loss import LossInTriton
+
+    monkeypatch.setattr(LossInTriton, "apply", None)
+    leaf = logits.detach().requires_grad_()
+    value = loss.backpropagate(leaf, labels)
+    assert torch.equal(value, expected[0]) and leaf.grad is not None and torch.equal(leaf.grad, expected[1])
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_the_kernel_in_the_interpreter() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

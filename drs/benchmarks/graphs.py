@@ -146,9 +146,8 @@ class Learner:
             labels: ``[B]`` int64.
         """
         logits = self.model(images.contiguous(memory_format=torch.channels_last))
-        value = self.loss(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        self.loss.backpropagate(logits, labels)
         self.optimizer.step()
 
     def reset(self) -> None:
