@@ -291,7 +291,9 @@ def test_backpropagation_asks_autograd_only_where_it_must(form: str, monkeypatch
     loss.backpropagate(leaf, labels)
     assert forwards == ([] if form == "few calls" else ["_LossInFewPasses"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        forwards.clear()
         under_autocast = loss.backpropagate(leaf, labels)
+        assert len(forwards) == 1
     assert under_autocast.dtype == torch.float32 and torch.equal(under_autocast, loss(leaf, labels).detach())
     loss.validate = False
     empty = torch.empty(0, 7, requires_grad=True)
