@@ -48,7 +48,7 @@ class Cell:
         objectives: What an adaptive attack climbs on this run.
         source: The run that a transfer attack is made on.
         after: The cells before it whose fallen samples it leaves alone.
-        tf32: Whether its attack may search in TF32.
+        fast_search: Whether its attack searches on the model's stand-in.
     """
 
     run: RunFolder
@@ -62,7 +62,7 @@ class Cell:
     objectives: tuple[str, ...] = ()
     source: RunFolder | None = None
     after: "tuple[Cell, ...]" = ()
-    tf32: bool = False
+    fast_search: bool = False
 
     @property
     def title(self) -> str:
@@ -121,7 +121,8 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
             after = tuple(cell for cell in cells if _precedes(cell, attack, epsilon)) if attack.standing_only else ()
             cells.append(
                 _cell(
-                    run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after, tf32=suite.tf32
+                    run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after,
+                    fast_search=suite.fast_search,
                 )
             )  # fmt: skip
     if suite.sanity is not None:
@@ -182,7 +183,7 @@ def _cell(
     *,
     source: RunFolder | None = None,
     after: tuple[Cell, ...] = (),
-    tf32: bool = False,
+    fast_search: bool = False,
 ) -> Cell:
     content: dict[str, Any] = {"data": train.data.name, "n": n}
     objectives: tuple[str, ...] = ()
@@ -198,11 +199,11 @@ def _cell(
         content["source"] = source.run_id
     if after:
         content["after"] = [cell.path.name for cell in after]
-    if tf32:  # not named where it is off, so that cells from before there was a choice keep their names
-        content["tf32"] = True
+    if fast_search:  # not named where it is off, so that cells from before there was a choice keep their names
+        content["fast_search"] = True
     label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
     path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
-    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after, tf32)
+    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after, fast_search)
 
 
 @functools.cache

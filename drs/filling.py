@@ -166,7 +166,7 @@ def compute_part(
                 build_attack(cell.config, adaptive_objectives=cell.objectives, source=source),
                 model, data.pixels(chosen), data.labels[chosen],
                 epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=cell.config.seed + start,
-                on_batch=on_batch, tf32=cell.tf32,
+                on_batch=on_batch, fast_search=cell.fast_search,
             )  # fmt: skip
             arrays = {"logits": outcome.logits.numpy(), "distance": outcome.distance.numpy()}
             return Part(arrays, outcome.batch_size)

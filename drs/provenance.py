@@ -49,7 +49,7 @@ def describe_study(
         "n_attacked": {name: suite_samples(suite, name) for name in names},
         "n_decisive": {name: decisive_samples(suite, name) for name in names},
         "sanity": asdict(suite.sanity) if suite.sanity is not None else None,
-        **({"tf32": True} if suite.tf32 else {}),
+        **({"fast_search": True} if suite.fast_search else {}),
     }
 
 

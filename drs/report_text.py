@@ -244,10 +244,11 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
         )
         if len(halved) > MOST_RUNS:
             parts.append(f"The other {len(halved) - MOST_RUNS} are in provenance.json.")
-    if provenance.get("tf32"):
+    if provenance.get("fast_search"):
         parts.append(
-            "Attacks searched in TF32 where the card has it, and may be weaker for it; what they found was judged in "
-            "float32, and so were the sanity checks."
+            "Attacks searched on copies of the models with batch normalisation folded into the convolutions, in TF32 "
+            "where a card has it. What they found was judged on the models themselves in float32, and what fooled a "
+            "copy alone was attacked again on the model. The sanity checks ran on the models, in float32."
         )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")

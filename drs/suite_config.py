@@ -28,9 +28,9 @@ class SuiteConfig:
         n_decisive: Like ``n_samples``, for the attacks at the decisive epsilons and for the worst case; a data set
             without one uses ``n_samples``.
         sanity: The checks that every model goes through, or null for none.
-        tf32: Whether attacks may search in TF32 where a card has it, which is faster and can make them weaker; what
-            they find is judged in float32, and the sanity checks are in float32 altogether. Part of a result's
-            identity.
+        fast_search: Whether attacks search on a copy of the model with its batch normalisations folded, in TF32 where a
+            card has it. What they find is judged on the model in float32, and what fooled the copy alone is attacked
+            again; the sanity checks are on the model altogether. Part of a result's identity.
     """
 
     name: str
@@ -43,7 +43,7 @@ class SuiteConfig:
     decisive_epsilons: dict[str, Any] = field(default_factory=dict)
     n_decisive: dict[str, int] = field(default_factory=dict)
     sanity: Any = None
-    tf32: bool = False
+    fast_search: bool = False
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,8 @@ def test_both_precisions_compute_all_cells(tmp_path: Path, monkeypatch: pytest.M
     row = precision_row(
         replace(ROW, case="strong suite, one mlp, 9 images"), {}, tmp_path, data="digits", samples=5, settings=[]
     )
-    assert asked == ["suite.tf32=true", "suite.tf32=false"] and row.case == "strong suite, one mlp, 5 images"
+    assert asked == ["suite.fast_search=true", "suite.fast_search=false"]
+    assert row.case == "strong suite, one mlp, 5 images"
     assert row.ratio == 0.5 and "differ by -1.0 to -1.0 points" in row.note
 
 

@@ -1,8 +1,8 @@
 """What every attack must keep, checked on every batch.
 
 Pixels in [0,1] and a model in eval mode go in; what comes back is finite, inside [0,1] and, for an attack with a
-bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, unless an attack is
-asked to search in TF32; its predictions are in float32 even then. Attacks leave the model's modes, its gradients and
+bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, unless a fast search
+is asked for; predictions are the model's own in float32 even then. Attacks leave the model's modes, its gradients and
 every random generator as they were. A gradient that is not finite is an error: its sign is 0, so the model would look
 robust. An exception inside an attack is never swallowed.
 """
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from drs.attack_config import SLACK
-from drs.attacks.isolation import full_precision, isolated
+from drs.attacks.isolation import full_precision, isolated, tensor_cores
+from drs.attacks.stand_in import stand_in
 from drs.batches import in_batches
 from drs.errors import UserError
 
@@ -211,7 +212,7 @@ def run_attack(
     seed: int = 0,
     on_batch: Callable[[int], None] | None = None,
     clean: CleanLogits | None = None,
-    tf32: bool = False,
+    fast_search: bool = False,
 ) -> AttackOutcome:
     """Attack the samples the model gets right; the others are failures already and keep their clean logits.
 
@@ -225,8 +226,10 @@ def run_attack(
         seed: Each batch is seeded with it and the position of its first sample.
         on_batch: Called with the number of samples just finished.
         clean: Of this model and these images, where several attacks share them.
-        tf32: Whether the attack may search in TF32 where a card has it. Its images are judged in float32 in any case:
-            none falls that does not fool the model, but one that fools it in TF32 alone is given up too early.
+        fast_search: Whether the attack searches on the model's stand-in (``drs.attacks.stand_in``), in TF32 where a
+            card has it. Its images are judged on the model in float32 in any case, so that none falls that does not
+            fool it. A search gives an image up once it has fooled the stand-in; where that does not fool the model,
+            the image is attacked again, on the model and in float32.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
@@ -245,14 +248,25 @@ def run_attack(
     def attack_batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
         pixels, truth = images[start:stop], labels[start:stop]
         logits = clean.batch(start, stop)
-        standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
         distance = torch.zeros(len(pixels), dtype=torch.float64)
+
+        def attack_those(chosen: Tensor, searched: nn.Module, tf32: bool) -> Tensor:
+            with isolated(searched, seed + start, tf32):
+                adversarial = attack.perturb(searched, pixels[chosen].clone(), truth[chosen], epsilon).detach()
+            moved = check_adversarial(pixels[chosen], adversarial, epsilon, attack.norm, attack.name)
+            logits[chosen] = predict(model, adversarial, f"adversarial images of {attack.name}")
+            distance[chosen.cpu()] = moved.cpu()
+            return adversarial
+
+        standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
+        if len(standing) and fast_search:
+            searched = stand_in(model, pixels)
+            adversarial = attack_those(standing, searched, True)
+            with torch.no_grad(), tensor_cores(True):
+                fooled = searched(adversarial).argmax(dim=1) != truth[standing]
+            standing = standing[fooled & (logits[standing].argmax(dim=1) == truth[standing])]
         if len(standing):
-            with isolated(model, seed + start, tf32):
-                adversarial = attack.perturb(model, pixels[standing].clone(), truth[standing], epsilon).detach()
-            moved = check_adversarial(pixels[standing], adversarial, epsilon, attack.norm, attack.name)
-            logits[standing] = predict(model, adversarial, f"adversarial images of {attack.name}")
-            distance[standing.cpu()] = moved.cpu()
+            attack_those(standing, model, False)
         if on_batch is not None:
             on_batch(len(pixels))
         return logits.cpu(), distance

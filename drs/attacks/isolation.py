@@ -15,12 +15,12 @@ from drs.errors import UserError
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Switch TF32 off; an image on the decision boundary would be judged by its rounding, some 1e-3 of a logit."""
-    with _tensor_cores(False):
+    with tensor_cores(False):
         yield
 
 
 @contextmanager
-def _tensor_cores(tf32: bool) -> Iterator[None]:
+def tensor_cores(tf32: bool) -> Iterator[None]:
     """Let a card compute products and convolutions of float32 numbers in TF32, or not; elsewhere it changes nothing."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -40,7 +40,7 @@ def seeded(model: nn.Module, seed: int, tf32: bool = False) -> Iterator[None]:
         torch.random.fork_rng(devices=devices),
         torch.enable_grad(),
         torch.autocast(_device_type(model), enabled=False),
-        _tensor_cores(tf32),
+        tensor_cores(tf32),
     ):
         torch.manual_seed(seed)
         for parameter in flags:

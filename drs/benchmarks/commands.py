@@ -178,30 +178,30 @@ def _strong_study(results: Path, device: str) -> list[str]:
 
 def precision_row(row: Row, environment: Mapping[str, str], results: Path, *, data: str, samples: int,
                   settings: Sequence[str]) -> Row:  # fmt: skip
-    """Return what TF32 brings the strong suite, and what it costs in strength, on what ``strong_row`` has trained.
+    """Return what a fast search brings the strong suite and costs in strength, on what ``strong_row`` has trained.
 
     Args:
         row: The row of ``strong_row``.
         environment: Of the processes.
         results: As there.
         data: The data set.
-        samples: Test images that are attacked in either precision.
+        samples: Test images that are attacked in either way.
         settings: Overrides of both evaluations besides.
     """
     seconds, accuracies = [], []
-    for tf32 in ("true", "false"):
+    for fast in ("true", "false"):
         for folder in results.glob("strong/runs/*/eval"):  # what is there from before would not be computed again
             shutil.rmtree(folder)
-        command = strong_command(results, data, samples, row.device, [*settings, f"suite.tf32={tf32}"])
+        command = strong_command(results, data, samples, row.device, [*settings, f"suite.fast_search={fast}"])
         seconds.append(seconds_of([command], environment))
         table = pd.read_csv(results / "strong" / "tables" / "accuracy.csv")
         accuracies.append(table.set_index(["attack", "norm", "epsilon_label", "cumulative"])["robust_accuracy"])
     weaker = (100 * (accuracies[0] - accuracies[1])).dropna()
     ratio = seconds[0] / seconds[1]
     return replace(
-        row, case=row.case.replace(row.case.split(", ")[-1], f"{samples} images"), ours="search in TF32",
-        theirs="search in float32", ours_median=seconds[0], theirs_median=seconds[1], ratio=ratio, low=ratio,
+        row, case=row.case.replace(row.case.split(", ")[-1], f"{samples} images"), ours="fast search",
+        theirs="search on the model", ours_median=seconds[0], theirs_median=seconds[1], ratio=ratio, low=ratio,
         high=ratio, target="", tried=True, reason="", held=True,
-        note=f"whole processes; of {len(weaker)} robust accuracies those by a search in TF32 differ by "
+        note=f"whole processes; of {len(weaker)} robust accuracies those by a fast search differ by "
         f"{weaker.min():+.1f} to {weaker.max():+.1f} points (above 0: weaker), {weaker.mean():+.2f} in the mean",
     )  # fmt: skip

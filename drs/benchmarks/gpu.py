@@ -117,12 +117,12 @@ def lenets_section(machine: Machine) -> Iterator[Row]:
 
 
 def strong_section(machine: Machine) -> Iterator[Row]:
-    """The strong suite on a ResNet-18, and what a search in TF32 is worth."""
+    """The strong suite on a ResNet-18, and what a fast search is worth."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         row = strong_row(
             "gpu_strong", STRONG, os.environ, folder, samples=N_STRONG, bound=120, device=CUDA.type,
-            settings=[*SIDE_BY_SIDE, "suite.tf32=true"], within=240,
+            settings=[*SIDE_BY_SIDE, "suite.fast_search=true"], within=240,
         )  # fmt: skip
         yield row
         yield precision_row(row, os.environ, folder, data="cifar10", samples=300, settings=SIDE_BY_SIDE)
