@@ -239,7 +239,8 @@ def step_rows(config: TrainConfig, machine: Machine | None = None) -> Iterator[R
     row = Row(
         "loss", f"training step, {config.model.name} on {config.data.name}, batch {config.batch_size}", "DR-softmax",
         "cross-entropy", "ms", ours, theirs, ratio, low, high, STEP_PAIRS, f"<= {STEP_TARGET}", device.type,
-        torch.get_num_threads() if device.type == "cpu" else 1, note="ratio: median over pairs of steps",
+        torch.get_num_threads() if device.type == "cpu" else 1, note="ratio: median over pairs of steps; as in "
+        "training, DR-softmax hands its own derivative to the way back through the network",
         reason=f"A step of {config.model.name} with cross-entropy takes {theirs:.3g} ms, so that the target leaves the "
         f"loss {(STEP_TARGET - 1) * theirs:.2g} ms beyond it; on {config.batch_size} x {config.data.num_classes} "
         f"logits it takes {ours - theirs:.2g} ms. For what, see the loss alone.",
