@@ -6,7 +6,7 @@ FOLDER is a study, by default results/reference/laptop; a NAME is a folder of it
 published model of mnist. A row of the table is a library attack at a radius, beside an attack of this project on the
 same problem (drs/agreement.py says which); they agree where their robust accuracies are within one point. Rows for
 strength show what an attack misses of a stronger one, which it need not agree with. With 300 images a LeNet takes about
-five minutes on a core. Exit status 1 says that some do not agree that must.
+six minutes on a core. Exit status 1 says that some do not agree that must.
 """
 
 import argparse
