@@ -146,6 +146,19 @@ class TargetedFABConfig(AttackConfig):
 
 
 @dataclass
+class FABConfig(AttackConfig):
+    """Targeted FAB of this project, written from the paper; a second implementation, which takes no radius.
+
+    Attributes:
+        steps: Projection steps per target.
+        final_steps: Of the final search, 3 in the paper; torchattacks' FAB and AutoAttack's have none.
+    """
+
+    steps: int = 100
+    final_steps: int = 3
+
+
+@dataclass
 class SquareConfig(AttackConfig):
     """Square attack, random search on scores (Andriushchenko et al. 2020, arXiv 1912.00049), torchattacks."""
 
@@ -194,12 +207,13 @@ ATTACK_SCHEMAS: dict[str, type[AttackConfig]] = {
     "apgd_ce": APGDConfig,
     "apgd_t": TargetedAPGDConfig,
     "fab_t": TargetedFABConfig,
+    "fab": FABConfig,
     "square": SquareConfig,
     "fmn": FMNConfig,
     "fmn_from_start": FMNFromStartConfig,
     "hop_skip_jump": HopSkipJumpConfig,
 }
-LINF_ONLY = ("fgsm", "pgd", "noise", "apgd_t")
+LINF_ONLY = ("fgsm", "pgd", "noise", "apgd_t", "fab")
 L2_ONLY = ("cw", "cw_torchattacks")
 OBJECTIVES = ("ce", "margin", "targeted_margin", "scaled_ce")
 
@@ -262,11 +276,11 @@ def check_attack(key: str, attack: AttackConfig) -> None:
             raise UserError(f"{key}.step_sizes={value}: must be above 0")
     if not step_sizes:
         raise UserError(f"{key}.step_sizes=[]: needs at least one step size, such as [0.05]")
-    confidence = getattr(attack, "confidence", 0.0)
-    if confidence < 0:
-        raise UserError(f"{key}.confidence={confidence}: must be at least 0")
+    for name in ("confidence", "final_steps"):
+        if (value := getattr(attack, name, 0)) < 0:
+            raise UserError(f"{key}.{name}={value}: must be at least 0")
 
 
 def is_bounded(config: AttackConfig) -> bool:
     """Return whether an attack takes an epsilon, so that each epsilon is an attack of its own."""
-    return not isinstance(config, CWConfig | CWTorchattacksConfig | FMNConfig | HopSkipJumpConfig)
+    return not isinstance(config, CWConfig | CWTorchattacksConfig | FABConfig | FMNConfig | HopSkipJumpConfig)

@@ -64,7 +64,7 @@ def model_calls(cell: Cell) -> float:
     if config.kind in ("fmn", "fmn_from_start"):
         # The starts of later targets leave out the small balls, and count as none.
         return _product(config, "steps", "targets") + SEARCHES * float(getattr(config, "start_steps", 0))
-    climbs = others if config.kind in ("apgd_t", "fab_t") else 1.0
+    climbs = others if config.kind in ("apgd_t", "fab_t", "fab") else 1.0
     if config.kind == "projected":
         climbs = sum(others if name.startswith("targeted") else 1 for name in cell.objectives)
         climbs *= 1.0 if cell.after else FALLING

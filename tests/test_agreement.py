@@ -11,8 +11,8 @@ import torch
 from real_data import real_arrays
 from test_attacks import linear_problem, minimal_norms
 
-from drs.agreement import PAIRS, SECOND, Agreement, agreement_table, compare
-from drs.attack_config import APGDConfig, FMNFromStartConfig
+from drs.agreement import FAB, MARGIN, PAIRS, SECOND, STRONGER, Agreement, agreement_table, compare
+from drs.attack_config import APGDConfig, FABConfig, FMNFromStartConfig, ProjectedConfig, TargetedFABConfig
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
 from drs.suite_config import SuiteConfig
@@ -64,14 +64,48 @@ def test_a_point_is_still_within_one_and_more_is_not_in_either_direction() -> No
     rows = [row(standing) for standing in (41.0, 39.0, 41.34, 38.66)]
     assert [item.agrees for item in rows] == [True, True, False, False]
     lines = agreement_table(rows).splitlines()
-    assert lines[2] == "| a_model | l2 1.5 | cw | PGD on margin and cross-entropy | 41.00 | 40.00 | +1.00 | yes |"
+    assert lines[2].startswith(
+        "| a_model | l2 1.5 | cw | PGD on margin and cross-entropy | agreement | 41.00 | 40.00 |"
+    )
+    assert lines[2].endswith("| +1.00 | yes |")
     assert lines[5].endswith("| 38.66 | 40.00 | −1.34 | no |")
 
 
 def test_attacks_on_cross_entropy_and_on_the_margin_are_not_mixed() -> None:
-    climbed = {attack: SECOND[second].objectives for attack, second in PAIRS.items()}  # type: ignore[attr-defined]
+    seconds = {attack: SECOND[second] for attack, second in PAIRS.items()}
+    climbed = {attack: second.objectives for attack, second in seconds.items() if isinstance(second, ProjectedConfig)}
+    assert seconds.keys() - climbed.keys() == {"fab_t"}
     assert climbed["apgd_ce"] == ["ce"]
     assert all(any("margin" in name for name in names) for attack, names in climbed.items() if attack != "apgd_ce")
+
+
+def test_fab_is_held_to_fab_at_the_suites_settings_and_shown_beside_a_stronger_attack() -> None:
+    assert (PAIRS["fab_t"], STRONGER) == (FAB, {"fab_t": MARGIN})
+    ours, theirs = SECOND[FAB], SCRIPT.strong_suite().attacks["fab_t"]
+    assert isinstance(ours, FABConfig) and isinstance(theirs, TargetedFABConfig)
+    assert (ours.norm, ours.steps, 1) == (theirs.norm, theirs.steps, theirs.restarts)
+    model, images, labels = linear_problem(classes=4)
+    distances = minimal_norms(model, images, labels, "linf").sort().values[15:25]
+    widest = distances.diff().argmax()
+    radius = float(distances[widest : widest + 2].mean())  # no image is so near to it that an overshoot would matter
+    small = SuiteConfig(
+        "small", {"fab_t": TargetedFABConfig("fab_t", "linf", steps=30)}, {"toy": {"linf": [radius]}}, {"default": 10}
+    )
+    rows = list(compare("linear", "toy", model, images, labels, small, ["fab_t"]))
+    assert [(row.second, row.required) for row in rows] == [(FAB, True), (MARGIN, False)]
+    assert rows[0].standing == rows[1].standing and all(row.agrees for row in rows)
+    assert [line.split(" | ")[4] for line in agreement_table(rows).splitlines()[2:]] == ["agreement", "strength"]
+
+
+@pytest.mark.parametrize(("required", "status"), [(True, 1), (False, 0)])
+def test_status_is_of_the_rows_that_must_agree(
+    required: bool, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Agreement("a_model", "linf", "0.1", "fab_t", MARGIN, 65.0, 62.0, required)
+    monkeypatch.setattr(SCRIPT, "agreements", lambda *_: [row])
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--runs", "mnist-lenet-ce"])
+    assert SCRIPT.main() == status
+    assert "| +3.00 | no |" in capsys.readouterr().out
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from drs.attack_config import (
     AttackConfig,
     CWConfig,
     CWTorchattacksConfig,
+    FABConfig,
     FGSMConfig,
     FMNConfig,
     FMNFromStartConfig,
@@ -24,6 +25,7 @@ from drs.attack_config import (
 )
 from drs.attacks.carlini_wagner import CarliniWagner, TorchattacksCarliniWagner
 from drs.attacks.contract import Attack, AttackOutcome, perturbation_norm, run_attack
+from drs.attacks.fab import TargetedFastAdaptiveBoundary
 from drs.attacks.gradient_sign import FGSM, PGD
 from drs.attacks.projected import ProjectedAttack, RandomNoise, Transfer
 
@@ -70,6 +72,8 @@ def build_attack(
         return Transfer(source, config.norm, config.steps, config.relative_step_size)
     if isinstance(config, NoiseConfig):
         return RandomNoise(config.draws)
+    if isinstance(config, FABConfig):
+        return TargetedFastAdaptiveBoundary(config.steps, config.final_steps)
     return _library_attack(config)
 
 
