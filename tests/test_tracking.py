@@ -245,6 +245,12 @@ def services(process: int) -> list[int]:
     return found
 
 
+def only_service(process: int) -> int:
+    """Return the service of a process, once an earlier one has ended and what it starts itself has its own name."""
+    assert wait_for(lambda: len(services(process)) == 1, 20), services(process)
+    return services(process)[0]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_killed_service_is_told_once_and_the_next_run_gets_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -252,8 +258,7 @@ def test_killed_service_is_told_once_and_the_next_run_gets_another(
     study = tmp_path / "s"
     with open_tracker(OFFLINE, "first", {}, study) as tracker:
         tracker.log({"loss": 1.0}, 1)
-        (service,) = services(os.getpid())
-        os.kill(service, signal.SIGKILL)
+        os.kill(only_service(os.getpid()), signal.SIGKILL)
         time.sleep(0.5)
         for step in (2, 3):
             tracker.log({"loss": 1.0}, step)
@@ -309,7 +314,7 @@ def test_service_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=PROJECT_ROOT) as process:
         try:
             assert wait_for((tmp_path / "s" / "open").exists, 60)
-            assert len(services(process.pid)) == 1
+            only_service(process.pid)
         finally:
             process.kill()
     assert wait_for(lambda: not services(process.pid), 20)

@@ -146,9 +146,8 @@ class TargetedFAB(_LibraryAttack):
     In Linf the library's projection is replaced by a faster one with the same result.
 
     It stops short of the smallest norms, so that more images stand than under margin PGD in the same ball. That is the
-    algorithm's own: on two LeNets the library's code as it comes found the norms of AutoAttack's to the bit, and an
-    implementation from the paper, ``drs.attacks.fab``, finds them but for rounding, which may grow along a search.
-    ``scripts/agreement.py`` shows how many images are left, beside that and beside PGD.
+    algorithm's own: ``drs.attacks.fab``, which shares no code with it, stops there too. ``scripts/agreement.py`` shows
+    how many images are left, beside that and beside PGD.
 
     Args:
         norm: ``linf`` or ``l2``.
