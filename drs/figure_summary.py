@@ -1,6 +1,7 @@
 """The whole study in one figure: what PGD shows, what is left under the worst case, and what it costs."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,9 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
             keys |= ({"one": one_pair_key()} if single else {}) | ({"failed": failed_key()} if failed else {})
             gains += [value for value in values if abs(value) <= WIDEST]
         ratio = [float(time[name]) for name in ("ratio", "ci_low", "ci_high")]
-        _point(cost, position, ratio, colour, f"× {ratio[0]:.2f}", failed=failed)
+        # A label in the middle of a short one would lie on the axis.
+        side: Literal["left", "center"] = "left" if ratio[0] < 0.3 * timing["ratio"].max() else "center"
+        _point(cost, position, ratio, colour, f"× {ratio[0]:.2f}", failed=failed, side=side)
         names.append(
             f"{data}, {model}: {marked_label(of_group(comparators, data, model), setting)} "
             f"({count(int(row['n_pairs']), 'seed')})"
@@ -104,7 +107,16 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
     return figure
 
 
-def _point(axis: Axes, position: int, values: Sequence[float], colour: str, text: str, *, failed: bool) -> None:
+def _point(
+    axis: Axes,
+    position: int,
+    values: Sequence[float],
+    colour: str,
+    text: str,
+    *,
+    failed: bool,
+    side: Literal["left", "center"] = "center",
+) -> None:
     value, low, high = values
     bounded = np.isfinite(low) and np.isfinite(high)
     if bounded:
@@ -112,4 +124,5 @@ def _point(axis: Axes, position: int, values: Sequence[float], colour: str, text
     face = {**HOLLOW, "markeredgewidth": 1.4} if failed else {}
     axis.plot(value, position, "o" if bounded else ONE_PAIR, color=colour, markersize=6, zorder=4, **face)
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of the line at no gain
-    axis.annotate(text, (value, position), (0, 7), textcoords="offset points", ha="center", fontsize=7, bbox=clear)
+    shift = -5 if side == "left" else 0
+    axis.annotate(text, (value, position), (shift, 7), textcoords="offset points", ha=side, fontsize=7, bbox=clear)
