@@ -6,8 +6,8 @@ as the margin is another objective, with other optima; a search for the smallest
 margin at the radius itself. The library's attack has the settings of the strong suite, but sees all of the images.
 
 Two questions are apart. Whether the library's attack is run right: it must agree with the second implementation. And
-whether it is as strong as another attack: FAB is a heuristic that stops short of the smallest norms, in any
-implementation, so it is held to FAB as written here from the paper, and what it misses of PGD is told beside.
+whether it is as strong as another attack: FAB is a heuristic that stops short of the smallest norms, in the
+library and as written here after the paper, so it is held to the latter, and what both miss of PGD is told beside.
 """
 
 from collections.abc import Iterable, Iterator

@@ -13,8 +13,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def interrupt_on_termination() -> None:
-    """Make SIGTERM raise ``Interrupted`` in the main thread, as SIGINT raises ``KeyboardInterrupt``."""
+    """Make SIGTERM and SIGINT raise ``Interrupted`` in the main thread; a SIGINT that is ignored stays so."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_always)
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
@@ -22,8 +24,14 @@ def _interrupt(number: int, _: FrameType | None) -> None:
         interrupt(number)
 
 
+def _interrupt_always(number: int, _: FrameType | None) -> None:
+    is_first_request()
+    interrupt(number)
+
+
 _requested = False
-_raised = 0
+_pending = 0
+"""The last signal that asked this process to end and may not have been heard; 0 for none."""
 
 
 def is_first_request() -> bool:
@@ -38,32 +46,38 @@ def is_first_request() -> bool:
 
 
 def interrupt(number: int) -> NoReturn:
-    """Raise ``Interrupted`` from a signal's handler. What Python drops of it, the next ``Deferred`` knows.
+    """Raise ``Interrupted`` from a signal's handler. If it is dropped on its way, the next ``Deferred`` knows of it.
 
-    An exception is dropped in a finalizer, in the callback of a weak reference and in compiled code that takes it for
+    Python drops an exception in a finalizer and in the callback of a weak reference, and compiled code may take it for
     something else.
     """
-    global _raised
-    _raised = number
+    global _pending
+    _pending = number
     raise Interrupted(number)
 
 
 class Deferred:
-    """Whether the program was asked to end, also before, where what a handler raised was lost."""
+    """Whether the program was asked to end, now or before: a request is pending until ``check`` has raised it."""
 
     def __init__(self) -> None:
-        self.number = _raised
+        self.number = _pending
 
     def check(self) -> None:
         """Raise ``Interrupted`` if it was."""
         if self.number:
-            raise Interrupted(self.number)
+            self._raise(self.number)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        global _pending
         is_first_request()
         if self.number and number == signal.SIGINT:
-            raise Interrupted(number)  # somebody presses the keys again: the step takes too long
-        self.number = self.number or number
+            self._raise(number)  # somebody presses the keys again: the step takes too long
+        self.number = _pending = self.number or number
+
+    def _raise(self, number: int) -> NoReturn:
+        global _pending
+        _pending = 0
+        raise Interrupted(number)
 
 
 @contextmanager
@@ -99,5 +113,7 @@ def whole_imports() -> Iterator[None]:
         Interrupted: At the end of the block, if the program was asked to end.
     """
     with deferred_interrupts() as deferred:
-        yield
-    deferred.check()
+        try:
+            yield
+        finally:
+            deferred.check()

@@ -83,7 +83,7 @@ class ClassificationLoss(nn.Module):
         """Compute the loss, add its gradient to that of every leaf behind the logits, and return the detached value.
 
         The same as ``forward`` and then ``backward`` on what it returns; a loss that knows its derivative may take a
-        shorter way.
+        shorter way, on which hooks of the module are not called.
         """
         value: Tensor = self(logits, labels, phase)
         value.backward()

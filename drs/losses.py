@@ -136,8 +136,9 @@ class DRSoftmaxLoss(ClassificationLoss):
         )
 
     def backpropagate(self, logits: Tensor, labels: Tensor, phase: int = 0) -> Tensor:
-        """See ``ClassificationLoss``."""
-        if self._is_fused and not torch.is_autocast_enabled(logits.device.type):
+        """See ``ClassificationLoss``. A subclass, which may compute another loss, leaves it to autograd."""
+        may_derive = type(self) is DRSoftmaxLoss and torch.is_grad_enabled()
+        if self._is_fused and may_derive and not torch.is_autocast_enabled(logits.device.type):
             if self.validate:
                 check_targets(logits, labels)
             weight = self._weight_of_sum(labels)

@@ -246,9 +246,10 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
             parts.append(f"The other {len(halved) - MOST_RUNS} are in provenance.json.")
     if provenance.get("fast_search"):
         parts.append(
-            "Attacks searched on copies of the models with batch normalisation folded into the convolutions, in TF32 "
-            "where a card has it. What they found was judged on the models themselves in float32, and what fooled a "
-            "copy alone was attacked again on the model. The sanity checks ran on the models, in float32."
+            "Attacks searched on copies of the models with batch normalisation, where there is any, folded into the "
+            "convolutions, and in TF32 where a card has it. What they found was judged on the models themselves in "
+            "float32; images that still stood there, but not clearly on the copy, were attacked again on the model. "
+            "The sanity checks ran on the models, in float32."
         )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")

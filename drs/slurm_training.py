@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -17,7 +17,7 @@ from typing import NoReturn
 from drs.config import TrainConfig
 from drs.errors import Interrupted
 from drs.interrupts import interrupt_on_termination
-from drs.jobs import TrainingResult, run_job
+from drs.jobs import TrainingResult, run_job, settled
 from drs.slurm import state_of_this_job
 
 
@@ -56,6 +56,9 @@ class SlurmTraining:
         try:
             return run_job(self.config, in_sweep=True)
         except Interrupted:
+            result = settled(self.config)
+            if result is not None and result.state == "skipped":  # it came after the last step
+                return replace(result, state="done", detail="finished when it was asked to end")
             self._end()
 
     def _near_the_limit(self, _: int, __: FrameType | None) -> None:

@@ -22,7 +22,7 @@ COLUMNS = [
     "ci_low", "ci_high", "device",
 ]  # fmt: skip
 N_PAIRS = 400
-"""So many that the interval of a step of one or two milliseconds falls to one side of what C3 allows."""
+"""So many that the interval of a step of two milliseconds is within about a hundredth of its ratio."""
 N_PAIRS_PROCEDURE = 40
 """Fewer: an inner attack makes a step several times as long, and its ratio far from 1."""
 

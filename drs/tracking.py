@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from drs.config import TrackingConfig
+from drs.interrupts import whole_imports
 
 if TYPE_CHECKING:
     import wandb
@@ -120,7 +121,8 @@ def _open(config: TrackingConfig, name: str, content: dict[str, Any], study_dir:
     os.environ |= {"WANDB_CACHE_DIR": str(folder / "cache"), "WANDB_DATA_DIR": str(folder / "data")}
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
-        import wandb
+        with whole_imports():
+            import wandb
     except ImportError as error:
         _warn("W&B is off for this run", error)
         return Tracker()

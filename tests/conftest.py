@@ -43,7 +43,7 @@ def pytest_configure() -> None:
 def not_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no test hear of a signal that an earlier one has sent to this process."""
     monkeypatch.setattr(interrupts, "_requested", False)
-    monkeypatch.setattr(interrupts, "_raised", 0)
+    monkeypatch.setattr(interrupts, "_pending", 0)
 
 
 @functools.cache

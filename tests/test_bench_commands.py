@@ -27,7 +27,7 @@ from drs.benchmarks.cards import (
     speedrun_rows,
     train_in_turn,
 )
-from drs.benchmarks.commands import count_models, precision_row, seconds_of, strong_row, studies_row, study_commands
+from drs.benchmarks.commands import count_models, fast_search_row, seconds_of, strong_row, studies_row, study_commands
 from drs.benchmarks.harness import Machine, Row
 from drs.benchmarks.report import TITLES, read_provenance, read_rows, write_rows
 from drs.benchmarks.sections import sections
@@ -215,12 +215,12 @@ def test_strong_suite_is_timed_as_a_whole(tmp_path: Path) -> None:
     row = strong_row("strong", [*DIGITS, "epochs=3"], os.environ, tmp_path, samples=20, bound=1e4, device="cpu")
     assert row.verdict == "met" and row.case == "strong suite, one mlp on digits, 20 images"
     assert (tmp_path / "strong" / "REPORT.md").exists()
-    beside = precision_row(row, os.environ, tmp_path, data="digits", samples=20, settings=["workers=1"])
+    beside = fast_search_row(row, os.environ, tmp_path, data="digits", samples=20, settings=["workers=1"])
     assert beside.tried and beside.case == row.case and beside.ratio is not None
-    assert "differ by +0.0 to +0.0 points" in beside.note  # a CPU has no TF32
+    assert "differ by +0.0 to +0.0 points" in beside.note  # there is nothing to fold in an mlp, and no TF32 on a CPU
 
 
-def test_both_precisions_compute_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_searches_compute_all_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     cells, tables = tmp_path / "strong" / "runs" / "one" / "eval", tmp_path / "strong" / "tables"
     cells.mkdir(parents=True)
@@ -237,7 +237,7 @@ def test_both_precisions_compute_all_cells(tmp_path: Path, monkeypatch: pytest.M
         return 3.0 * len(asked)
 
     monkeypatch.setattr(commands, "seconds_of", run)
-    row = precision_row(
+    row = fast_search_row(
         replace(ROW, case="strong suite, one mlp, 9 images"), {}, tmp_path, data="digits", samples=5, settings=[]
     )
     assert asked == ["suite.fast_search=true", "suite.fast_search=false"]

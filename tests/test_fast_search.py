@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from drs.attack_config import PGDConfig, ProjectedConfig, SanityConfig
 from drs.attacks import build_attack, contract, run_attack
+from drs.attacks import stand_in as stand_in_module
 from drs.attacks.stand_in import stand_in
 from drs.cells import Cell, plan_cells
 from drs.filling import fill_cell
@@ -129,6 +130,8 @@ def test_stand_in_is_kept_while_the_model_stays_as_it_is() -> None:
         model[1][-1].bias += 1  # type: ignore[index, operator]
     second = stand_in(model, images)
     assert second is not first and not torch.equal(second(images), first(images))
+    model[1][-1].bias.data += 1  # type: ignore[index, operator, union-attr]
+    assert stand_in(model, images) not in (first, second), "also where PyTorch counts no change"
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -154,6 +157,18 @@ class ByHand(ByCount):
 
     def factor(self, images: Tensor) -> float:
         return 2.0 if isinstance(images, torch.fx.Proxy) or len(images) > 1 else 1.0
+
+
+def test_shortage_of_memory_is_not_taken_for_a_model_that_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fuse(_: nn.Module) -> nn.Module:
+        raise torch.OutOfMemoryError("none left")
+
+    model, images = normalised("smallcnn", width=4), torch.rand(2, 3, 32, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr("drs.attacks.stand_in.fuse", fuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            stand_in(model, images)
+    assert stand_in(model, images) is not model
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), ByCount(), ByHand()])
@@ -195,3 +210,31 @@ def test_what_fools_the_stand_in_alone_is_attacked_again(monkeypatch: pytest.Mon
     fooled = [outcome.logits.argmax(dim=1) != labels for outcome in (exact, found)]
     assert fooled[0].any() and torch.equal(*fooled)
     assert max(asked) in range(1, len(images)), "only what was given up too early"
+
+
+class Rounded(nn.Module):
+    """A stand-in whose last bits depend on the batch: the fewer images, the sooner it is fooled."""
+
+    def __init__(self, model: nn.Module, whole: int) -> None:
+        super().__init__()
+        self.model, self.whole = model, whole
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        low, high = torch.aminmax(logits.detach(), dim=1, keepdim=True)
+        share = 0.009 * (1 - len(images) / self.whole)
+        return logits - share * (high - low) * torch.nn.functional.one_hot(logits.argmax(dim=1), logits.shape[1])
+
+
+def test_what_the_search_gave_up_by_its_rounding_is_attacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, labels = linear_problem(classes=3, n=200)
+    config = ProjectedConfig("projected", "linf", steps=40, relative_step_size=0.1, objectives=["margin"], restarts=1)
+    standing = {}
+    for near in (0.0, stand_in_module.NEAR):
+        monkeypatch.setattr(stand_in_module, "NEAR", near)
+        monkeypatch.setattr(contract, "stand_in", lambda *_: Rounded(model, len(images)).eval())
+        found = run_attack(build_attack(config), model, images, labels, epsilon=0.005, fast_search=True)
+        standing[near] = int((found.logits.argmax(dim=1) == labels).sum())
+    exact = run_attack(build_attack(config), model, images, labels, epsilon=0.005)
+    expected = int((exact.logits.argmax(dim=1) == labels).sum())
+    assert standing[stand_in_module.NEAR] == expected < standing[0.0]

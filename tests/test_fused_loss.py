@@ -300,6 +300,23 @@ def test_backpropagation_asks_autograd_only_where_it_must(form: str, monkeypatch
     assert loss.backpropagate(empty, labels[:0]).isnan() and empty.grad is not None
 
 
+class Halved(DRSoftmaxLoss):
+    """Another loss than the one whose derivative is known."""
+
+    def compute(self, logits: torch.Tensor, labels: torch.Tensor, phase: int) -> torch.Tensor:
+        return 0.5 * super().compute(logits, labels, phase)
+
+
+def test_backpropagation_leaves_another_loss_to_autograd() -> None:
+    logits, labels = random_case(5, 7)
+    leaf, same = (logits.detach().clone().requires_grad_() for _ in range(2))
+    value = Halved().backpropagate(leaf, labels)
+    assert torch.equal(value, through_autograd(Halved(), same, labels, 0))
+    assert leaf.grad is not None and same.grad is not None and torch.equal(leaf.grad, same.grad)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        DRSoftmaxLoss().backpropagate(leaf, labels)
+
+
 def test_backpropagation_refuses_what_the_loss_refuses() -> None:
     logits, labels = random_case(5, 7)
     for bad in (labels + 7, labels.double(), labels[:4]):

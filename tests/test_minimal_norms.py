@@ -212,7 +212,7 @@ SECOND: dict[str, AttackConfig] = {
 RADII = {"l2": 1.5, "linf": 0.1}
 SAME_RADIUS: dict[str, dict[str, tuple[AttackConfig, str]]] = {
     # Each with what solves the same problem; they may differ by a point, a single image of 100. scripts/agreement.py
-    # compares more images, at the suite's settings. FAB has a second implementation of its own: any of FAB stops short
+    # compares more images, at the suite's settings. FAB has a second implementation of its own: both stop short
     # of the smallest norms, by more than a point.
     "l2": {
         "FMN": (FMNFromStartConfig("fmn_from_start", "l2", steps=60), "margin in L2"),

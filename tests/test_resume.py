@@ -1,6 +1,7 @@
 """Trainings that are interrupted and go on: the same bytes in the end as without, and what is said and kept."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,10 +17,11 @@ import pytest
 import torch
 from conftest import compose_train
 
+import drs
 from drs import interrupts, keeping, training
-from drs.claiming import claim
+from drs.claiming import ClaimLost, claim
 from drs.config import PROJECT_ROOT, TrainConfig
-from drs.errors import Interrupted, UserError
+from drs.errors import DivergedError, Interrupted, UserError
 from drs.interrupts import deferred_interrupts, interrupt_on_termination, whole_imports
 from drs.jobs import CLAIM_FILE, run_job
 from drs.keeping import STATE_FILE, Keeper
@@ -373,6 +375,42 @@ def test_interrupt_after_the_last_step_lets_a_training_be_finished(
     assert run_folder(small(tmp_path)).status()["state"] == "done"
 
 
+@pytest.mark.parametrize("error", [DivergedError(1, 1, math.nan), RuntimeError("broken"), ClaimLost("x")])
+def test_interrupt_before_an_error_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, termination: None, error: Exception
+) -> None:
+    def save(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_weights", save)
+        assert run_job(small(tmp_path), in_sweep=True).state in ("diverged", "failed", "elsewhere")
+    with pytest.raises(Interrupted):
+        run_job(small(tmp_path, "seed=1"), in_sweep=True)
+    assert run_job(small(tmp_path, "seed=1"), in_sweep=True).state == "done", "it has been told, once"
+
+
+def test_interrupt_from_the_keyboard_is_not_lost_either(keyboard: None, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_on_termination()
+    signal.signal(signal.SIGTERM, before)
+    for _ in range(2):
+        with suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("each time that the keys are pressed, they are heard")
+    with pytest.raises(Interrupted) as caught:
+        train(small(tmp_path))
+    assert caught.value.number == signal.SIGINT
+
+
+def test_import_that_fails_hides_no_interrupt(termination: None) -> None:
+    with pytest.raises(Interrupted), whole_imports():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ImportError("of something else")
+
+
 def test_imports_are_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, termination: None) -> None:
     done = False
     with pytest.raises(Interrupted) as caught, whole_imports():
@@ -390,6 +428,7 @@ def test_imports_are_not_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 lose_an_interrupt()
 
     monkeypatch.delitem(sys.modules, "drs.training")
+    monkeypatch.setattr(drs, "training", training)  # what is imported anew takes its place there too
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     with pytest.raises(Interrupted):
         run_job(small(tmp_path), in_sweep=True)

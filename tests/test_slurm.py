@@ -1,15 +1,20 @@
 """The launcher for Slurm as far as it needs no cluster, which ``make test-slurm`` starts: its settings and mistakes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import compose_train
 
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
+from drs.runs import RunFolder, run_folder
 from drs.slurm import SlurmConfig, check_slurm, private_folder
+from drs.slurm_training import SlurmTraining
 
 TRAIN = [sys.executable, str(PROJECT_ROOT / "scripts" / "train.py"), "-m", "data=digits", "model=mlp", "study=s"]
 
@@ -71,3 +76,25 @@ def test_folder_of_the_jobs_is_its_owners_alone(tmp_path: Path) -> None:
     folder.chmod(0o770)
     with pytest.raises(UserError, match="others can write to this folder"):
         private_folder(folder)
+
+
+def test_training_that_is_finished_when_it_is_asked_to_end_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    config = compose_train("data=digits", "model=mlp", "epochs=1", "progress=false", f"results_dir={tmp_path}")
+    original = RunFolder.save_weights
+
+    def save(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)  # near the time limit
+        original(*arguments)
+
+    monkeypatch.setattr(RunFolder, "save_weights", save)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        result = SlurmTraining(config, str(tmp_path), requeue=False, max_num_timeout=0)()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert result.state == "done" and run_folder(config).status()["state"] == "done"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from drs.attack_config import SLACK
 from drs.attacks.isolation import full_precision, isolated, tensor_cores
-from drs.attacks.stand_in import stand_in
+from drs.attacks.stand_in import is_nearly_fooled, stand_in
 from drs.batches import in_batches
 from drs.errors import UserError
 
@@ -228,8 +228,8 @@ def run_attack(
         clean: Of this model and these images, where several attacks share them.
         fast_search: Whether the attack searches on the model's stand-in (``drs.attacks.stand_in``), in TF32 where a
             card has it. Its images are judged on the model in float32 in any case, so that none falls that does not
-            fool it. A search gives an image up once it has fooled the stand-in; where that does not fool the model,
-            the image is attacked again, on the model and in float32.
+            fool it. A search gives an image up once it has fooled the stand-in; what still fools that, or nearly, and
+            not the model is attacked again, on the model and in float32.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
@@ -263,8 +263,8 @@ def run_attack(
             searched = stand_in(model, pixels)
             adversarial = attack_those(standing, searched, True)
             with torch.no_grad(), tensor_cores(True):
-                fooled = searched(adversarial).argmax(dim=1) != truth[standing]
-            standing = standing[fooled & (logits[standing].argmax(dim=1) == truth[standing])]
+                given_up = is_nearly_fooled(searched(adversarial).float(), truth[standing])
+            standing = standing[given_up & (logits[standing].argmax(dim=1) == truth[standing])]
         if len(standing):
             attack_those(standing, model, False)
         if on_batch is not None:

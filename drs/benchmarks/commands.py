@@ -176,7 +176,7 @@ def _strong_study(results: Path, device: str) -> list[str]:
     return [f"results_dir={results}", "study=strong", "progress=false", f"device={device}"]
 
 
-def precision_row(row: Row, environment: Mapping[str, str], results: Path, *, data: str, samples: int,
+def fast_search_row(row: Row, environment: Mapping[str, str], results: Path, *, data: str, samples: int,
                   settings: Sequence[str]) -> Row:  # fmt: skip
     """Return what a fast search brings the strong suite and costs in strength, on what ``strong_row`` has trained.
 

@@ -20,7 +20,7 @@ from drs.benchmarks.cards import (
     speedrun_rows,
     train_in_turn,
 )
-from drs.benchmarks.commands import precision_row, seconds_of, strong_row, studies_row, sweep_command
+from drs.benchmarks.commands import fast_search_row, seconds_of, strong_row, studies_row, sweep_command
 from drs.benchmarks.composing import attacks_on, composed
 from drs.benchmarks.harness import Machine, Row
 from drs.benchmarks.losses import loss_rows, step_rows
@@ -125,7 +125,7 @@ def strong_section(machine: Machine) -> Iterator[Row]:
             settings=[*SIDE_BY_SIDE, "suite.fast_search=true"], within=240,
         )  # fmt: skip
         yield row
-        yield precision_row(row, os.environ, folder, data="cifar10", samples=300, settings=SIDE_BY_SIDE)
+        yield fast_search_row(row, os.environ, folder, data="cifar10", samples=300, settings=SIDE_BY_SIDE)
 
 
 def speedrun_section(machine: Machine) -> Iterator[Row]:
