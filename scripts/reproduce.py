@@ -210,7 +210,7 @@ def run_step(script: str, *arguments: str) -> None:
     except KeyboardInterrupt as interrupt:
         # A terminal interrupts the script as well, and subprocess.run would kill it before it has ended its workers.
         # SIGTERM comes to this program alone; and what was started in the background ignores SIGINT.
-        if isinstance(interrupt, Interrupted):
+        if isinstance(interrupt, Interrupted) and interrupt.number == signal.SIGTERM:
             process.terminate()
         for stronger in (signal.SIGTERM, signal.SIGKILL):
             try:
