@@ -147,7 +147,7 @@ class TargetedFABConfig(AttackConfig):
 
 @dataclass
 class FABConfig(AttackConfig):
-    """Targeted FAB of this project, written from the paper; a second implementation, which takes no radius.
+    """Targeted FAB of this project, after the paper; a second implementation, which takes no radius.
 
     Attributes:
         steps: Projection steps per target.
