@@ -284,3 +284,8 @@ def check_attack(key: str, attack: AttackConfig) -> None:
 def is_bounded(config: AttackConfig) -> bool:
     """Return whether an attack takes an epsilon, so that each epsilon is an attack of its own."""
     return not isinstance(config, CWConfig | CWTorchattacksConfig | FABConfig | FMNConfig | HopSkipJumpConfig)
+
+
+def is_minimal(config: AttackConfig) -> bool:
+    """Return whether an attack looks for the smallest perturbation, down to the rounding of what it searches on."""
+    return isinstance(config, CWConfig | FABConfig | FMNConfig | HopSkipJumpConfig)

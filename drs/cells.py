@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from drs.array_files import load_arrays_file
-from drs.attack_config import SLACK, AttackConfig, ProjectedConfig, SanityConfig, TransferConfig, is_bounded
+from drs.attack_config import SLACK, AttackConfig, ProjectedConfig, SanityConfig, TransferConfig, is_bounded, is_minimal
 from drs.config import TrainConfig, fingerprint, identity, loss_label
 from drs.errors import DamagedFileError
 from drs.integrity import CHECKPOINT
@@ -122,7 +122,7 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
             cells.append(
                 _cell(
                     run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after,
-                    fast_search=suite.fast_search,
+                    fast_search=suite.fast_search and not is_minimal(attack),
                 )
             )  # fmt: skip
     if suite.sanity is not None:

@@ -247,9 +247,10 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
     if provenance.get("fast_search"):
         parts.append(
             "Attacks searched on copies of the models with batch normalisation, where there is any, folded into the "
-            "convolutions, and in TF32 where a card has it. What they found was judged on the models themselves in "
-            "float32; images that still stood there, but not clearly on the copy, were attacked again on the model. "
-            "The sanity checks ran on the models, in float32."
+            "convolutions, and on a card in float16 from the first layer on (in TF32 where float16 has not the range). "
+            "What they found was judged on the models themselves in float32; images that still stood there, but not "
+            "clearly on the copy, were attacked again on the model. Searches for the smallest perturbation and the "
+            "sanity checks were on the models, in float32."
         )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")

@@ -28,9 +28,10 @@ class SuiteConfig:
         n_decisive: Like ``n_samples``, for the attacks at the decisive epsilons and for the worst case; a data set
             without one uses ``n_samples``.
         sanity: The checks that every model goes through, or null for none.
-        fast_search: Whether attacks search on a copy of the model with its batch normalisations folded, in TF32 where a
-            card has it. What they find is judged on the model in float32, and what stands there, but not clearly on
-            the copy, is attacked again; the sanity checks are on the model altogether. Part of a result's identity.
+        fast_search: Whether attacks search on a copy of the model with its batch normalisations folded, on a card in
+            float16. What they find is judged on the model in float32, and what stands there, but not clearly on the
+            copy, is attacked again. Searches for the smallest perturbation and the sanity checks are on the model
+            altogether. Part of a result's identity.
     """
 
     name: str

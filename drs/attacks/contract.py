@@ -4,11 +4,12 @@ Pixels in [0,1] and a model in eval mode go in; what comes back is finite, insid
 bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, unless a fast search
 is asked for; predictions are the model's own in float32 even then. Attacks leave the model's modes, its gradients and
 every random generator as they were. A gradient that is not finite is an error: its sign is 0, so the model would look
-robust. An exception inside an attack is never swallowed.
+robust. An exception inside an attack is never swallowed; one of a fast search leaves the attack to the model.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -226,10 +227,11 @@ def run_attack(
         seed: Each batch is seeded with it and the position of its first sample.
         on_batch: Called with the number of samples just finished.
         clean: Of this model and these images, where several attacks share them.
-        fast_search: Whether the attack searches on the model's stand-in (``drs.attacks.stand_in``), in TF32 where a
-            card has it. Its images are judged on the model in float32 in any case, so that none falls that does not
-            fool it. A search gives an image up once it has fooled the stand-in; what still fools that, or nearly, and
-            not the model is attacked again, on the model and in float32.
+        fast_search: Whether the attack searches on the model's stand-in (``drs.attacks.stand_in``), on a card in
+            float16, or TF32 where that has not the range. Its images are judged on the model in float32 in any case, so
+            that none falls that does not fool it. A search gives an image up once it has fooled the stand-in; what
+            still fools that, or nearly, and not the model is attacked again, on the model and in float32. So are all
+            images of a batch where the search comes upon something that is not finite.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
@@ -261,10 +263,11 @@ def run_attack(
         standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
         if len(standing) and fast_search:
             searched = stand_in(model, pixels)
-            adversarial = attack_those(standing, searched, True)
-            with torch.no_grad(), tensor_cores(True):
-                given_up = is_nearly_fooled(searched(adversarial).float(), truth[standing])
-            standing = standing[given_up & (logits[standing].argmax(dim=1) == truth[standing])]
+            with suppress(UserError):  # the attack on the model raises what is not the stand-in's fault
+                adversarial = attack_those(standing, searched, True)
+                with torch.no_grad(), tensor_cores(True):
+                    given_up = is_nearly_fooled(searched(adversarial).float(), logits[standing], truth[standing])
+                standing = standing[given_up & (logits[standing].argmax(dim=1) == truth[standing])]
         if len(standing):
             attack_those(standing, model, False)
         if on_batch is not None:

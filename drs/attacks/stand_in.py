@@ -1,23 +1,31 @@
 """A copy of a model for attacks to search on: the same function but for rounding, in less time.
 
 A batch normalisation in eval mode is a scale and a shift of each channel, and both fit into the convolution before it
-(``torch.fx`` folds them), which saves a pass over the feature maps forward and one back.
+(``torch.fx`` folds them), which saves a pass over the feature maps forward and one back. On a card the copy is in
+float16 besides (``drs.attacks.half_precision``).
 """
 
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from drs.attacks.half_precision import HalfPrecision, in_half_precision
 from drs.attacks.isolation import full_precision
 from drs.attacks.objectives import margin
 
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-TOLERANCE = 1e-3
-"""How far the copy's logits may be from the model's, as a share of the largest."""
-NEAR = 1e-2
-"""A margin below 0 by this share of the range of an image's logits is rounding: in TF32, or in another batch."""
+HALF_PRECISION_ON = ("cuda",)
+"""The types of device whose copies are in float16; a CPU's take no less time in it."""
+TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
+"""How far the copy's logits may be from the model's, as a share of the largest: in float32 and in float16."""
+NEAR = 2e-3
+"""A margin below 0 by this share of the range of an image's logits may be rounding, even where a copy is closer to the
+model: it rounds otherwise in another batch."""
+PROBED = 7
+"""Images that a copy is compared with the model on."""
 
 _known: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakKeyDictionary()
 """The copy of a model; None where the model stands in for itself."""
@@ -26,8 +34,9 @@ _known: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakK
 def stand_in(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of a model with its batch normalisations folded into the convolutions before them.
 
-    It is the model itself where there are none, where it cannot be traced, and where the trace of one call does not
-    hold for another. A copy is kept, and made anew where the model's weights have changed.
+    On a card it is in float16, where its gradients are like the model's there. It is the model itself where there is
+    nothing to fold, where it cannot be traced, and where the trace of one call does not hold for another. A copy is
+    kept, and made anew where the model's weights have changed.
 
     Args:
         model: In eval mode.
@@ -37,17 +46,39 @@ def stand_in(model: nn.Module, images: Tensor) -> nn.Module:
         copy = _known[model]
         if copy is None or _agree(model, copy, images):
             return model if copy is None else copy
-    copy = _folded(model)
-    if copy is not None and not _agree(model, copy, images):
-        copy = None
+    copy = next((each for each in _copies(model, images) if _agree(model, each, images)), None)
     _known[model] = copy
     return model if copy is None else copy
 
 
-def is_nearly_fooled(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return whether a search that sees logits ``[B, K]`` may have taken the images for misclassified, ``[B]``."""
+def is_nearly_fooled(searched: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return whether a search may have taken images for misclassified, ``[B]``; also where it saw no finite number.
+
+    It may have where the copy says so, or nearly: by twice as much as the copy's margins are from the model's anywhere
+    in the batch, as a share of the range of an image's logits, and by ``NEAR`` at least.
+
+    Args:
+        searched: ``[B, K]``, of the adversarial images by the copy.
+        logits: ``[B, K]``, by the model, finite.
+        labels: ``[B]``.
+    """
     low, high = torch.aminmax(logits, dim=1)
-    return (logits.argmax(dim=1) != labels) | (margin(logits, labels) > -NEAR * (high - low))
+    reached, size = margin(searched, labels), (high - low).clamp_min(torch.finfo(logits.dtype).tiny)
+    apart = ((reached - margin(logits, labels)).abs() / size).nan_to_num(0.0, posinf=0.0)
+    near = 2 * apart.max().clamp_min(NEAR / 2) * size
+    stands = (searched.argmax(dim=1) == labels) & (reached <= -near)
+    return ~(stands & torch.isfinite(searched).all(dim=1))
+
+
+def _copies(model: nn.Module, images: Tensor) -> Iterator[nn.Module]:
+    """Yield copies of a model, the fastest first."""
+    folded = _folded(model)
+    if images.device.type in HALF_PRECISION_ON:
+        half = _halved(folded or model, images[:PROBED])
+        if half is not None:
+            yield half
+    if folded is not None:
+        yield folded
 
 
 def _folded(model: nn.Module) -> nn.Module | None:
@@ -62,10 +93,20 @@ def _folded(model: nn.Module) -> nn.Module | None:
     return copy.eval()
 
 
+def _halved(model: nn.Module, images: Tensor) -> HalfPrecision | None:
+    try:
+        return in_half_precision(model, images)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model's code does that cannot be copied, or not in float16
+        return None
+
+
 @torch.no_grad()
 def _agree(model: nn.Module, copy: nn.Module, images: Tensor) -> bool:
+    tolerance = HALF_TOLERANCE if isinstance(copy, HalfPrecision) else TOLERANCE
     with full_precision():
-        for count in (1, 7):
+        for count in (1, PROBED):
             expected = model(images[:count]).float()
             try:
                 found = copy(images[:count]).float()
@@ -73,7 +114,7 @@ def _agree(model: nn.Module, copy: nn.Module, images: Tensor) -> bool:
                 raise
             except Exception:
                 return False
-            close = (found - expected).abs() <= TOLERANCE * (1 + expected.abs().max())
+            close = (found - expected).abs() <= tolerance * (1 + expected.abs().max())
             if not bool(close.all()):
                 return False
     return True

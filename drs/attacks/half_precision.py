@@ -1,0 +1,162 @@
+"""A model in float16, for attacks to search on: half the bytes, and tensor cores at their full rate.
+
+What goes wrong with gradients in float16 is their range. An attack needs their signs or directions only, which do not
+change where an image's gradient is multiplied by a number: on its way in, at the logits, it is brought to a size that
+float16 holds well, and at the image it gets its own size back, in float32. bfloat16 would need none of this, but its 8
+bits round an image's pixels by about as much as a small epsilon. float16, and TF32 too, round them by a sixteenth of
+1/255; so the first layer, a small part of a network, is in float32 here.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from drs.attacks.isolation import full_precision
+
+LAYERS = (nn.Conv2d, nn.Linear)
+"""What is computed in float16."""
+HEADROOM = 16.0
+"""How many times as large gradients may grow as on the images that the scale was chosen on."""
+LARGEST_SCALE, SMALLEST_SCALE = 2.0**11, 2.0**-13
+"""Largest entry of an image's gradient for its logits: with the headroom within float16, whose largest is 65504."""
+GRADIENT_TOLERANCE = 0.5
+"""How far an image's gradient may be from the model's, as a share of its length."""
+
+
+class _Sizes:
+    """By what the gradients of a batch were divided on the way in."""
+
+    divisor: Tensor
+
+
+class _Logits(Function):
+    """Logits to float32; on the way back, the gradients of all images to one size."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, sizes: _Sizes, scale: float) -> Tensor:
+        ctx.sizes, ctx.scale, ctx.dtype = sizes, scale, logits.dtype
+        return logits.float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        largest = gradient.abs().amax(dim=1, keepdim=True)
+        # An image without a gradient keeps none, and one whose gradient is not finite keeps that.
+        divisor = torch.where(largest > 0, largest / ctx.scale, 1.0)
+        ctx.sizes.divisor = divisor.clamp_min(torch.finfo(torch.float32).tiny)
+        return (gradient / ctx.sizes.divisor).to(ctx.dtype), None, None
+
+
+class _Images(Function):
+    """Images as they are; on the way back, the gradients of all images to their own sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, sizes: _Sizes) -> Tensor:
+        ctx.sizes = sizes
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient.contiguous() * ctx.sizes.divisor.view(-1, 1, 1, 1), None
+
+
+class _FirstLayer(nn.Module):
+    """A layer in float32, whatever is around it, with its output in float16."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.train(layer.training)
+
+    def forward(self, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False), full_precision():
+            output: Tensor = self.layer(values.float())
+        return output.half()
+
+
+class HalfPrecision(nn.Module):
+    """A copy of a model in float16 from its first layer's output on, with gradients of the model's size.
+
+    The first layer, a convolution or a matrix product, and what normalises the images before it are in float32.
+
+    Args:
+        model: In eval mode; float32 images ``[B, C, H, W]`` in, logits ``[B, K]`` out.
+        images: ``[B, C, H, W]``, B >= 1, of its input, to see which layer is the first.
+        scale: Largest entry of an image's gradient for the logits on its way back.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, scale: float = LARGEST_SCALE) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        first = _first_layer(self.model, images)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, LAYERS):
+                if module is first:
+                    self._replace(name, _FirstLayer(module))
+                else:
+                    module.half()  # or autocast would convert its weights in every pass
+        self.scale = scale
+        self.train(model.training)
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, child = f"model.{name}".rstrip(".").rpartition(".")
+        setattr(self.get_submodule(parent), child, module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``[B, K]``, float32."""
+        sizes = _Sizes()
+        entered = _Images.apply(images, sizes).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.float16):
+            logits = self.model(entered)
+        left: Tensor = _Logits.apply(logits, sizes, self.scale)
+        return left
+
+
+@torch.no_grad()
+def _first_layer(model: nn.Module, images: Tensor) -> nn.Module | None:
+    called: list[nn.Module] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, _: called.append(layer))
+        for module in model.modules()
+        if isinstance(module, LAYERS)
+    ]
+    try:
+        model(images[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called[0] if called else None
+
+
+def in_half_precision(model: nn.Module, images: Tensor) -> HalfPrecision | None:
+    """Return a model in float16, with the scale that suits its gradients; None where they are not like the model's.
+
+    Args:
+        model: In eval mode, on the device of the images.
+        images: ``[B, C, H, W]``, B >= 1, of its input.
+    """
+    with torch.no_grad():
+        nearest = model(images).float().topk(2, dim=1).indices
+    expected = _gradients(model, images, nearest)
+    half = HalfPrecision(model, images, LARGEST_SCALE * HEADROOM)
+    while not bool(torch.isfinite(_gradients(half, images, nearest)).all()):
+        half.scale /= HEADROOM
+        if half.scale < SMALLEST_SCALE * HEADROOM:
+            return None
+    half.scale /= HEADROOM
+    apart = torch.linalg.vector_norm(_gradients(half, images, nearest) - expected, dim=1)
+    alike = apart <= GRADIENT_TOLERANCE * torch.linalg.vector_norm(expected, dim=1)
+    return half if bool(alike.all()) else None
+
+
+def _gradients(model: nn.Module, images: Tensor, nearest: Tensor) -> Tensor:
+    """Return the gradients ``[B, C*H*W]`` of the difference of two logits, those of the classes ``[B, 2]``."""
+    with torch.enable_grad():
+        asked = images.detach().requires_grad_()
+        first, second = model(asked).float().gather(1, nearest).unbind(dim=1)
+        (gradient,) = torch.autograd.grad((second - first).sum(), asked)
+    return gradient.flatten(1)

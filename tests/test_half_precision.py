@@ -1,0 +1,217 @@
+"""Searches in float16: gradients keep their sizes, and what does not fit into float16 is searched in float32."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attacks import PGD, linear_problem
+from test_fast_search import normalised
+from torch import Tensor, nn
+
+from drs.attack_config import APGDConfig, ProjectedConfig, TargetedAPGDConfig, TargetedFABConfig
+from drs.attacks import build_attack, contract, run_attack
+from drs.attacks import stand_in as stand_in_module
+from drs.attacks.half_precision import LARGEST_SCALE, HalfPrecision, in_half_precision
+from drs.attacks.stand_in import is_nearly_fooled, stand_in
+from drs.errors import UserError
+
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+MARGIN = ProjectedConfig("projected", "linf", steps=10, objectives=["margin"], restarts=1)
+
+
+@pytest.fixture
+def half_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_in_module, "HALF_PRECISION_ON", ("cpu",))
+
+
+def balanced(device: str = "cpu", n: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with batch norm that predicts several classes, images, and its predictions as labels."""
+    model = normalised("smallcnn", width=4).to(device)
+    images = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(3)).to(device)
+    with torch.no_grad():
+        model[1][-1].bias -= model(images).mean(dim=0)  # type: ignore[index, operator]
+        return model.requires_grad_(False), images, model(images).argmax(dim=1)
+
+
+def gradient(model: nn.Module, images: Tensor, labels: Tensor, size: Tensor) -> Tensor:
+    """Of cross-entropy, of each image times a size ``[B]``."""
+    asked = images.clone().requires_grad_()
+    value = (F.cross_entropy(model(asked).float(), labels, reduction="none") * size).sum()
+    return torch.autograd.grad(value, asked)[0].flatten(1)
+
+
+def test_gradients_keep_their_directions_and_sizes_where_float16_has_none_so_small() -> None:
+    model, images, labels = balanced()
+    size = torch.logspace(-20, 3, len(images))
+    expected = gradient(model, images, labels, size)
+    half = in_half_precision(model, images[:7])
+    assert half is not None
+    found = gradient(half, images, labels, size)
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    length = torch.linalg.vector_norm(expected.double(), dim=1)
+    assert float(length.min()) < 1e-20
+    assert float((torch.linalg.vector_norm(found.double() - expected, dim=1) / length).max()) < 0.3
+    with torch.autocast("cpu", torch.float16):
+        plain = gradient(model, images, labels, size)
+    assert not plain[0].any(), "without the scale there would be none"
+
+
+def test_images_without_a_gradient_keep_none_and_one_that_is_not_finite_shows() -> None:
+    model, images, labels = balanced()
+    half = HalfPrecision(model, images)
+    size = torch.ones(len(images))
+    size[0], size[1] = 0.0, torch.inf
+    found = gradient(half, images, labels, size)
+    assert not found[0].any() and not torch.isfinite(found[1]).all() and torch.isfinite(found[2:]).all()
+
+
+def test_one_pass_forward_serves_several_back() -> None:
+    """As FAB asks for it."""
+    model, images, _ = balanced()
+    half = HalfPrecision(model, images)
+    both = []
+    for each in (model, half):
+        asked = images.clone().requires_grad_()
+        logits = each(asked)
+        for place, size in ((0, 1e-6), (1, 1e3)):
+            (found,) = torch.autograd.grad(logits[:, place].sum() * size, asked, retain_graph=True)
+            both.append(found)
+    for expected, found in zip(both[:2], both[2:], strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_pixels_are_not_rounded_to_float16() -> None:
+    """What normalises them and the first layer are in float32; the layers after it are not."""
+    model, images, _ = balanced()
+    half = HalfPrecision(model, images)
+    inputs: list[tuple[str, torch.dtype, float]] = []
+
+    def note(layer: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        inputs.append((type(layer).__name__, layer.weight.dtype, float((given[0] - given[0].half()).abs().max())))
+
+    for module in half.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(note)
+    assert half(images).dtype == torch.float32
+    assert [(name, dtype) for name, dtype, _ in inputs] == [
+        ("Conv2d", torch.float32), *[("Conv2d", torch.float16)] * 4, ("Linear", torch.float16),
+    ]  # fmt: skip
+    assert inputs[0][2] > 0 and not any(rounding for *_, rounding in inputs[1:])
+
+
+@pytest.mark.parametrize(("factor", "lower"), [(1.0, False), (1e2, True)])
+def test_scale_suits_the_gradients(factor: float, lower: bool) -> None:
+    model, images, labels = balanced()
+    model[1][-1].weight *= factor  # type: ignore[index, operator]
+    half = in_half_precision(model, images[:7])
+    assert half is not None and (half.scale < LARGEST_SCALE) == lower
+    size = torch.ones(len(images))
+    expected, found = gradient(model, images, labels, size), gradient(half, images, labels, size)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_model_whose_gradients_vanish_in_float16_is_searched_in_float32(half_on_cpu: None) -> None:
+    model, images, _ = balanced()
+    model[1][-1].weight *= 1e-8  # type: ignore[index, operator]
+    assert in_half_precision(model, images[:7]) is None
+    found = stand_in(model, images)
+    assert found is not model and not isinstance(found, HalfPrecision)
+
+
+def test_model_whose_logits_float16_cannot_hold_is_searched_in_float32(half_on_cpu: None) -> None:
+    model, images, _ = balanced()
+    assert isinstance(stand_in(model, images), HalfPrecision)
+    model[1][-1].weight *= 1e7  # type: ignore[index, operator]
+    found = stand_in(model, images)
+    assert found is not model and not isinstance(found, HalfPrecision)
+    assert torch.isfinite(found(images)).all()
+
+
+def test_model_without_batch_normalisation_is_halved_too_and_left_alone(half_on_cpu: None) -> None:
+    model, images, _ = linear_problem(classes=3)
+    found = stand_in(model, images)
+    assert isinstance(found, HalfPrecision) and stand_in(model, images) is found
+    assert model[1].weight.dtype == torch.float32 and model[1].weight.requires_grad  # type: ignore[index]
+
+
+def test_on_a_cpu_copies_are_in_float32() -> None:
+    model, images, _ = balanced()
+    assert not isinstance(stand_in(model, images), HalfPrecision)
+
+
+ATTACKS = {
+    "pgd": replace(PGD, steps=10),
+    "margin": MARGIN,
+    "margin in L2": replace(MARGIN, norm="l2"),
+    "apgd_ce": APGDConfig("apgd_ce", "linf", steps=20, restarts=1),
+    "apgd_t": TargetedAPGDConfig("apgd_t", "linf", steps=20, restarts=1),
+    "fab_t": TargetedFABConfig("fab_t", "linf", steps=20, restarts=1),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_card)])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_find_in_float16_what_they_find_on_the_model(half_on_cpu: None, name: str, device: str) -> None:
+    model, images, labels = balanced(device)
+    config = ATTACKS[name]
+    epsilon = {"linf": 0.0015, "l2": 0.04}[config.norm]
+    found = run_attack(build_attack(config), model, images, labels, epsilon=epsilon, fast_search=True)
+    assert isinstance(stand_in(model, images), HalfPrecision)
+    expected = run_attack(build_attack(config), model, images, labels, epsilon=epsilon)
+    fooled = [
+        (outcome.logits.argmax(dim=1) != labels.cpu()) & (outcome.distance <= 1.01 * epsilon)
+        for outcome in (found, expected)
+    ]
+    assert int(fooled[1].sum()) in range(5, 36)
+    assert int((fooled[0] ^ fooled[1]).sum()) <= 1
+
+
+class Overflowing(nn.Module):
+    """A model in float16 that has no number for some of what it is asked: images that are not the clean ones, say."""
+
+    def __init__(self, model: nn.Module, clean: Tensor, where: str) -> None:
+        super().__init__()
+        self.model, self.clean, self.where = model, clean, where
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        moved = (images.detach() - self.clean[: len(images)]).flatten(1).abs().amax(dim=1) > 0
+        broken = torch.where(moved, torch.inf, 1.0).unsqueeze(1)
+        if self.where == "logits":
+            return logits * broken
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * broken)
+        return logits
+
+
+@pytest.mark.parametrize("where", ["logits", "gradients"])
+def test_what_does_not_fit_on_the_way_is_searched_on_the_model(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    model, images, labels = linear_problem(classes=3)
+    monkeypatch.setattr(contract, "stand_in", lambda *_: Overflowing(copy.deepcopy(model), images, where).eval())
+    attack = build_attack(MARGIN)
+    found, expected = (
+        run_attack(attack, model, images, labels, epsilon=0.02, fast_search=fast) for fast in (True, False)
+    )
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.distance, expected.distance)
+    assert bool((found.logits.argmax(dim=1) != labels).any())
+
+
+def test_model_that_is_broken_itself_is_still_refused(half_on_cpu: None) -> None:
+    model, images, labels = linear_problem(classes=3)
+    broken = Overflowing(model, images, "gradients").eval()
+    with pytest.raises(UserError, match="the model's gradient is not finite"):
+        run_attack(build_attack(MARGIN), broken, images, labels, epsilon=0.02, fast_search=True)
+
+
+def test_nearly_fooled_is_what_rounding_can_reach_or_what_is_no_number() -> None:
+    labels = torch.zeros(5, dtype=torch.int64)
+    model = torch.tensor([[1.0, 0, -1], [1, 0.997, -1], [1, 0.97, -1], [1, 0, -1], [1, 0.9, -1]])
+    copied = model.clone()
+    assert is_nearly_fooled(copied, model, labels).tolist() == [False, True, False, False, False]
+    copied[0, 1] += 0.02  # a hundredth of the range, so that two of them count
+    copied[3, 2] = torch.nan
+    copied[4, 1] = 1.0001
+    assert is_nearly_fooled(copied, model, labels).tolist() == [False, True, True, True, True]
