@@ -71,7 +71,7 @@ def test_searches_for_the_smallest_perturbation_are_on_the_model(tmp_path: Path,
     norm = "l2" if kind in L2_ONLY else "linf"
     suite = replace(SUITE, attacks={"it": ATTACK_SCHEMAS[kind](kind, norm)}, fast_search=True)
     suite = replace(suite, epsilons={"digits": {"linf": [0.1], "l2": [0.1]}})
-    train = compose_train("data=digits", "model=mlp")
+    train = compose_train("data=digits", "model=mlp", "loss=ce")
     run, twin = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "twin")
     cells = plan_cells(run, suite, {run: train, twin: replace(train, seed=1)})
     (found,) = {cell.fast_search for cell in cells if cell.attack == "it"}
