@@ -45,8 +45,7 @@ class _Logits(Function):
         (gradient,) = gradients
         largest = gradient.abs().amax(dim=1, keepdim=True)
         # An image without a gradient keeps none, and one whose gradient is not finite keeps that.
-        divisor = torch.where(largest > 0, largest / ctx.scale, 1.0)
-        ctx.sizes.divisor = divisor.clamp_min(torch.finfo(torch.float32).tiny)
+        ctx.sizes.divisor = (largest / ctx.scale).clamp_min(torch.finfo(torch.float32).tiny)
         return (gradient / ctx.sizes.divisor).to(ctx.dtype), None, None
 
 
