@@ -14,7 +14,7 @@ from torch import nn
 from drs.array_files import load_arrays_file, save_arrays
 from drs.attack_config import AttackConfig, SanityConfig
 from drs.attacks import build_attack, run_attack
-from drs.attacks.contract import predict
+from drs.attacks.contract import CleanLogits, predict
 from drs.attacks.probes import run_probes
 from drs.batches import in_batches
 from drs.cells import LOGIT_BATCH, Cell, recorded_weights, standing_at
@@ -89,6 +89,26 @@ class Part:
     probes: tuple[str, ...] = ()
 
 
+class _CleanOfModel:
+    """The clean images and logits of the model at work, for those of its cells that see the same samples."""
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._known: dict[bytes, CleanLogits] = {}
+
+    def of(self, model: nn.Module, data: LabelledImages, chosen: np.ndarray) -> CleanLogits:
+        """Return those of the samples at ``chosen`` of the model's test set, of which ``data`` is the beginning."""
+        if model is not self._model:
+            self._model, self._known = model, {}
+        key = chosen.tobytes()
+        if key not in self._known:
+            self._known[key] = CleanLogits(model, data.pixels(torch.from_numpy(chosen)))
+        return self._known[key]
+
+
+_CLEAN = _CleanOfModel()
+
+
 def fill_cell(
     cell: Cell,
     model: nn.Module,
@@ -160,13 +180,15 @@ def compute_part(
     data, _ = load_test(cell.train.data, cell.n, device)
     try:
         if isinstance(cell.config, AttackConfig):
-            chosen = torch.from_numpy(np.flatnonzero(standing)[start:stop]).to(device)
+            chosen = np.flatnonzero(standing)[start:stop]
+            clean = None if cell.after else _CLEAN.of(model, data, chosen)
+            places = torch.from_numpy(chosen).to(device)
             source = cell.source.load_model(device) if cell.source else None
             outcome = run_attack(
                 build_attack(cell.config, adaptive_objectives=cell.objectives, source=source),
-                model, data.pixels(chosen), data.labels[chosen],
+                model, data.pixels(places) if clean is None else clean.images, data.labels[places],
                 epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=cell.config.seed + start,
-                on_batch=on_batch, fast_search=cell.fast_search,
+                on_batch=on_batch, clean=clean, fast_search=cell.fast_search,
             )  # fmt: skip
             arrays = {"logits": outcome.logits.numpy(), "distance": outcome.distance.numpy()}
             return Part(arrays, outcome.batch_size)

@@ -44,9 +44,9 @@ def stand_in(model: nn.Module, images: Tensor) -> nn.Module:
     """
     if model in _known:
         copy = _known[model]
-        if copy is None or _agree(model, copy, images):
+        if copy is None or _agree(model, copy, images, PROBED):
             return model if copy is None else copy
-    copy = next((each for each in _copies(model, images) if _agree(model, each, images)), None)
+    copy = next((each for each in _copies(model, images) if _agree(model, each, images, 1, PROBED)), None)
     _known[model] = copy
     return model if copy is None else copy
 
@@ -103,10 +103,10 @@ def _halved(model: nn.Module, images: Tensor) -> HalfPrecision | None:
 
 
 @torch.no_grad()
-def _agree(model: nn.Module, copy: nn.Module, images: Tensor) -> bool:
+def _agree(model: nn.Module, copy: nn.Module, images: Tensor, *counts: int) -> bool:
     tolerance = HALF_TOLERANCE if isinstance(copy, HalfPrecision) else TOLERANCE
     with full_precision():
-        for count in (1, PROBED):
+        for count in counts:
             expected = model(images[:count]).float()
             try:
                 found = copy(images[:count]).float()
