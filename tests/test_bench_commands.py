@@ -1,6 +1,7 @@
 """The benchmark as a command: what it writes and when, whole commands timed, and the sections of a card on a CPU."""
 
 import os
+import re
 import runpy
 import sys
 import time
@@ -215,6 +216,11 @@ def test_strong_suite_is_timed_as_a_whole(tmp_path: Path) -> None:
     row = strong_row("strong", [*DIGITS, "epochs=3"], os.environ, tmp_path, samples=20, bound=1e4, device="cpu")
     assert row.verdict == "met" and row.case == "strong suite, one mlp on digits, 20 images"
     assert (tmp_path / "strong" / "REPORT.md").exists()
+    told = re.search(r"Of (\d+) finished cells, .* the longest took: (.*)\.$", row.reason)
+    assert told is not None and int(told[1]) == len([*tmp_path.glob("strong/runs/*/eval/*.npz")])
+    names, seconds = zip(*(item.rsplit(" ", 2)[:2] for item in told[2].split(", ")), strict=True)
+    assert len(names) == 12 and "sanity@0.1" in names and "cw" in names
+    assert sorted(seconds, key=int, reverse=True) == [*seconds]
     beside = fast_search_row(row, os.environ, tmp_path, data="digits", samples=20, settings=["workers=1"])
     assert beside.tried and beside.case == row.case and beside.ratio is not None
     assert "differ by +0.0 to +0.0 points" in beside.note  # there is nothing to fold in an mlp, and no TF32 on a CPU
@@ -252,3 +258,4 @@ def test_strong_suite_that_takes_too_long_is_stopped_and_misses(tmp_path: Path) 
     )
     assert row.ours_median == 0.2 and row.verdict == "missed"
     assert row.note.endswith("; with workers=1; stopped after 0.2 s")
+    assert row.reason.endswith("No cell was finished.")

@@ -13,12 +13,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from drs.array_files import load_arrays_file
 from drs.benchmarks.harness import Row
 from drs.config import PROJECT_ROOT
+from drs.suite_config import UNBOUNDED
 from drs.sweeper import grid_jobs
 
 GRACE = 20.0
 """Seconds that a command has to end in when its time is up."""
+COSTLIEST = 12
+"""Cells of a suite whose seconds are told."""
 Command = Sequence[str]
 """A script's name and its arguments."""
 
@@ -162,8 +166,21 @@ def strong_row(
         + (f"; with {' '.join(settings)}" if settings else "") + cut,
         reason=("It was" + cut.removeprefix(";") + ". " if cut else "")
         + "An image that stands at the smaller epsilon sees all steps of nearly all attacks, several hundred "
-        "gradients; with what a gradient takes, those set the time. The study's cells say what each attack took.",
+        f"gradients; with what a gradient takes, those set the time. {_costliest(results / 'strong')}",
     )  # fmt: skip
+
+
+def _costliest(study: Path) -> str:
+    """Return in words what the costliest cells of a study took, of those that are finished."""
+    seconds = []
+    for path in study.glob("runs/*/eval/*.npz"):
+        about = json.loads(str(load_arrays_file(path)["about"]))
+        bound = "" if about["epsilon_label"] == UNBOUNDED.label else f"@{about['epsilon_label']}"
+        seconds.append((about["seconds"], f"{about['attack']}{bound}"))
+    if not seconds:
+        return "No cell was finished."
+    listed = ", ".join(f"{name} {taken:.0f} s" for taken, name in sorted(seconds, reverse=True)[:COSTLIEST])
+    return f"Of {len(seconds)} finished cells, some beside each other, the longest took: {listed}."
 
 
 def strong_command(results: Path, data: str, samples: int, device: str, settings: Sequence[str]) -> Command:
