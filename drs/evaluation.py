@@ -21,6 +21,7 @@ from drs.evaluation_workers import as_they_come, count_workers, worker_pool
 from drs.files import remove_leftovers
 from drs.filling import fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
+from drs.interrupts import raise_unheard
 from drs.reduction import reduce_run
 from drs.run_failures import RunFailure, forget_failure, record_failure
 from drs.runs import RunFolder, finished_runs, iterate_runs, study_folder
@@ -234,6 +235,7 @@ def evaluate_run(
 
     def begun(cell: Cell) -> None:
         nonlocal where
+        raise_unheard()
         where = cell.title
         watch.begun(cell)
 

@@ -80,6 +80,11 @@ class Deferred:
         raise Interrupted(number)
 
 
+def raise_unheard() -> None:
+    """Raise ``Interrupted`` if this process was asked to end and the request was dropped on its way."""
+    Deferred().check()
+
+
 @contextmanager
 def deferred_interrupts() -> Iterator[Deferred]:
     """Within the block SIGINT and SIGTERM wait for ``check``; a second SIGINT does not.

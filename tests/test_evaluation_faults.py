@@ -1,9 +1,11 @@
 """An evaluation in which something is damaged, broken, or shared with another evaluation of the same study."""
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +22,10 @@ from drs.array_files import load_arrays_file, save_arrays
 from drs.attack_config import PGDConfig
 from drs.cells import Cell, plan_cells
 from drs.claiming import claim
-from drs.errors import DamagedFileError, UserError
+from drs.errors import DamagedFileError, Interrupted, UserError
 from drs.evaluation import StudyEvaluation, evaluate_run, evaluate_study, redo_damaged
 from drs.filling import fill_cell
+from drs.interrupts import interrupt_on_termination
 from drs.report_text import failures_section
 from drs.run_failures import failure_lines
 from drs.runs import RunFolder, iterate_runs
@@ -128,6 +131,36 @@ def test_defect_leaves_its_traceback_and_is_tried_again(results: Path, monkeypat
     monkeypatch.undo()
     assert evaluate_study(configuration(results)).failures == []
     assert not (broken.path / "eval" / "failure.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_request_to_end_that_python_drops_ends_the_evaluation_before_the_next_cell(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[Path] = []
+
+    class Dropped:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def fills(cell: Cell, *arguments: object) -> float:
+        seconds = fill_cell(cell, *arguments)  # type: ignore[arg-type]
+        filled.append(cell.path)
+        if len(filled) == 2:
+            Dropped()
+            gc.collect()
+        return seconds
+
+    monkeypatch.setattr(evaluation_module, "fill_cell", fills)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        interrupt_on_termination()
+        with pytest.raises(Interrupted):
+            evaluate_study(configuration(results))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(filled) == 2 and all(path.exists() for path in filled)
+    assert not list((results / "s").rglob("failure.json")) and not list((results / "s").rglob(".claim*"))
 
 
 def test_damaged_and_outdated_cells_are_told_and_computed_again(
