@@ -243,7 +243,9 @@ def permuted_coefficients(left: Array, right: Array, orders: NDArray[np.int64]) 
 def bca_interval(observed: Array, draws: Array, influence: Array, level: float = 0.95) -> tuple[Array, Array]:
     """Return bias-corrected and accelerated bootstrap intervals (Efron 1987, J. Am. Stat. Assoc. 82, 171-185).
 
-    Draws in which the coefficient does not exist (NaN) are dropped; where more than half are, there is no interval.
+    Draws in which the coefficient does not exist (NaN) are dropped; where more than half are, there is no interval. Nor
+    is there one where it has no width, or leaves the coefficient out: a column of few values gives few different draws.
+    Of a coefficient of 1 or -1 the interval is that number, if all draws are.
 
     Args:
         observed: ``[S, A]`` coefficients.
@@ -273,7 +275,10 @@ def bca_interval(observed: Array, draws: Array, influence: Array, level: float =
         values = [np.take_along_axis(ordered, index[None], axis=0)[0] for index in (low, high)]
         bound = values[0] + (position - low) * (values[1] - values[0])
         bounds.append(np.where(exists, bound, np.nan))
-    return bounds[0], bounds[1]
+    contains = (bounds[0] <= observed + _TIE) & (observed <= bounds[1] + _TIE)
+    degenerate = (bounds[1] - bounds[0] <= _TIE) & (np.abs(observed) < 1 - _TIE)
+    sound = contains & ~degenerate
+    return np.where(sound, bounds[0], np.nan), np.where(sound, bounds[1], np.nan)
 
 
 def permutation_p(observed: Array, permuted: Array, *, alternative: str = "two-sided") -> Array:

@@ -29,7 +29,8 @@ def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: p
     Returns:
         A row per group and setting: ``data, model, loss, loss_weight, n_seeds``; ``mean.<x>`` and ``sd.<x>`` over seeds
         for x in ``clean``, every attack at the decisive epsilons (their mean), ``worst_linf``, ``worst_l2``,
-        ``norm.<attack>`` (median minimal norm, pixel units) and ``train_seconds``; against cross-entropy at the same
+        ``norm.<attack>`` (median minimal norm, pixel units), ``train_seconds`` and ``seconds_10k`` (training time for
+        10 000 images, each epoch's counted anew); against cross-entropy at the same
         seed, in Linf: ``n_images`` of the worst case, ``n_pairs``, ``gain_pgd`` and ``gain_worst`` with ``_low`` and
         ``_high`` (shares of samples, t intervals) and ``share`` with ``share_low`` and ``share_high`` (Fieller; NaN
         where unbounded); ``failed_checks``, how many of the models fail each check.
@@ -46,6 +47,7 @@ def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: p
             row: dict[str, Any] = {"data": data, "model": model, "loss": loss, "loss_weight": weight}
             row |= {"n_seeds": len(own), "n_images": n_images}
             columns = {"clean": own["clean_accuracy"], "train_seconds": own["train_seconds"]}
+            columns["seconds_10k"] = seconds_for_10000(own)
             seen = values.reindex(own["run_id"])
             columns |= {name: seen[name] for name in (*ACCURACIES, "worst_linf", "worst_l2") if name in seen}
             columns |= {f"norm.{name}": own[f"norm.{name}"] for name in NORMS if f"norm.{name}" in own}
@@ -58,6 +60,11 @@ def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: p
             row["failed_checks"] = _failures(own)
             rows.append(row)
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["data", "model", "loss", "loss_weight", "n_seeds"])
+
+
+def seconds_for_10000(models: pd.DataFrame) -> pd.Series:
+    """Return the training time of models for 10 000 images, in seconds: losses may be trained on different numbers."""
+    return 10000 * models["train_seconds"] / models["images_seen"]
 
 
 def _survival(worst: pd.DataFrame, loss: str, weight: float) -> dict[str, float]:

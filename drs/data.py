@@ -150,6 +150,13 @@ def _cached_split(
     return training, held_out
 
 
+def training_images(config: DataConfig) -> int:
+    """Return how many images a training sees in an epoch."""
+    if config.train_samples is not None:
+        return config.train_samples
+    return DATASETS[config.name].n_train - config.validation
+
+
 def load_split(config: DataConfig, device: torch.device) -> tuple[LabelledImages, LabelledImages]:
     """Return the training and validation images of a data config; a sweep loads the same data once."""
     return _cached_split(

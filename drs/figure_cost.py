@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from drs.comparators import seconds_for_10000
 from drs.figure_legends import HOLLOW, ONE_PAIR, failed_key, legend_below, one_pair_key, point_face
 from drs.figure_style import (
     WIDTH,
@@ -36,19 +37,19 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
     """Draw robust accuracy against training time: a point per model, a panel per dataset and architecture.
 
     Args:
-        models: models.csv, for ``train_seconds``.
+        models: models.csv, for ``train_seconds`` and ``images_seen``.
         worst_case: worst_case.csv; Linf, the mean over the decisive epsilons.
 
     Returns:
         The figure: worst-case accuracy in % with Wilson's 95 % interval over images, the PGD accuracy of the same
-        model on the same images as a dash above it; time in seconds on a log axis. Models that fail a sanity check
-        are hollow.
+        model on the same images as a dash above it; seconds for 10 000 training images on a log axis. Models that fail
+        a sanity check are hollow.
     """
     rows = included(worst_case)
     rows = rows[rows["norm"] == "linf"]
     pairs = groups(rows)
     figure, axes = panels(len(pairs), columns=2, height=2.9, extra=0.9)
-    seconds = models.set_index("run_id")["train_seconds"]
+    seconds = seconds_for_10000(models.set_index("run_id"))
     for axis, (data, model) in zip(axes, pairs, strict=True):
         group = of_group(rows, data, model)
         means = group.groupby("run_id")[["pgd", "worst", "n"]].mean()
@@ -73,7 +74,7 @@ def robustness_against_time(models: pd.DataFrame, worst_case: pd.DataFrame) -> F
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.12)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
-        axis.set_xlabel("training time (s, log scale)")
+        axis.set_xlabel("training time for 10 000 images (s, log scale)")
         labels = ", ".join(dict.fromkeys(group["epsilon_label"].astype(str)))
         title = f"{data}, {model}: ε {labels} (L∞)\n{len(means)} models × {span(group['n'])} images"
         axis.set_title(title, linespacing=1.35)

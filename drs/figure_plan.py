@@ -86,8 +86,8 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
         for own_tag, title, rows in _families(of_group(accuracy, data, model), tag, where):
             shown = count(included(rows)["run_id"].nunique(), "model")
             caption = (
-                f"Mean over seeds, bands of one standard deviation ({shown}); ε = 0 is the whole clean test set. "
-                "Accuracy below chance is to be expected: an attack picks the wrong class on purpose."
+                f"Mean over seeds, bands of one standard deviation ({shown}); ε = 0 is before the attack, on the same "
+                "images. Accuracy below chance is to be expected: an attack picks the wrong class on purpose."
             )
             draw = partial(figures.epsilon_curves, rows, data, model, chance=_chance(tables, data, model))
             yield _planned("epsilon_curves", own_tag, title, caption, draw)
@@ -132,9 +132,9 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
         caption = (
             f"A point per model ({count(worst['run_id'].nunique(), 'model')}): robust accuracy at the decisive "
             "epsilons under the worst case over all attacks (Wilson's 95 % interval over images) and, as a dash, under "
-            "PGD alone on the same images. Trainings run side by side and may have shared the machine with other work: "
-            "for what a step costs, see C3. A training procedure that has fewer images or other epochs in the study "
-            "takes its time for those."
+            "PGD alone on the same images, against the time of training for 10 000 images, since losses may be trained "
+            "on different numbers of them. Trainings run side by side and may have shared the machine with other work: "
+            "for what a step costs, see C3."
         )
         draw = partial(figure_cost.robustness_against_time, tables["models"], worst)
         plan.append(_planned("robustness_against_time", "", "", caption, draw))

@@ -189,13 +189,17 @@ def _spread(banded: bool) -> str:
     return "band ± 1 standard deviation over seeds" if banded else "too many losses for bands of spread"
 
 
+def _left_out(models: int) -> str:
+    return f"; {count(models, 'excluded model')} left out" if models else ""
+
+
 @styled
 def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: float | None = None) -> Figure:
     """Draw robust accuracy against epsilon: a line per loss and weight (mean over seeds), a panel per attack.
 
     Args:
-        accuracy: accuracy.csv. Attack ``clean`` gives the point at epsilon 0; an unbounded attack (epsilon inf)
-            stands apart at the right end.
+        accuracy: accuracy.csv. Column ``clean`` gives the point at epsilon 0, on the images of the attack; an unbounded
+            attack (epsilon inf) stands apart at the right end.
         data: Dataset.
         model: Architecture.
         chance: Accuracy of guessing, 1/K, drawn as a dotted line; none if not given.
@@ -205,7 +209,6 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         weights would lay theirs over each other.
     """
     rows = included(of_group(accuracy, data, model))
-    clean = rows[rows["attack"] == "clean"]
     shown = [name for name in attacks(rows["attack"]) if name in IN_PANELS]
     alpha = _band_alpha(len(settings(rows)))
     figure, axes = panels(len(shown), height=1.95, extra=0.7)
@@ -216,8 +219,9 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         ticks = np.concatenate([[0.0], np.sort(epsilons[np.isfinite(epsilons)])]) * scale
         unbounded_at = 1.22 * (ticks[-1] or 1.0)
         for setting in settings(cells):
-            own = pd.concat([of_setting(clean, setting), of_setting(cells, setting)])
-            _curve(axis, own, setting, scale, unbounded_at, alpha)
+            own = of_setting(cells, setting)
+            before = own.drop_duplicates("run_id").assign(epsilon=0.0, robust_accuracy=lambda first: first["clean"])
+            _curve(axis, pd.concat([before, own]), setting, scale, unbounded_at, alpha)
         names = [f"{tick:.4g}" for tick in ticks]
         if np.isinf(epsilons).any():
             ticks, names = np.append(ticks, unbounded_at), [*names, "∞"]
@@ -232,8 +236,7 @@ def epsilon_curves(accuracy: pd.DataFrame, data: str, model: str, *, chance: flo
         axis.set_title(f"{name}\n{seeds} seeds × {span(cells['n'])} images", linespacing=1.35)
     figure.supylabel("robust accuracy (%)")
     left_out = of_group(accuracy, data, model)["run_id"].nunique() - rows["run_id"].nunique()
-    note = f"; {count(left_out, 'excluded model')} left out" if left_out else ""
-    figure.suptitle(f"{data}, {model}: mean over seeds, {_spread(alpha > 0)}{note}")
+    figure.suptitle(f"{data}, {model}: mean over seeds, {_spread(alpha > 0)}{_left_out(left_out)}")
     line = Line2D([], [], color=CHANCE_COLOUR, linestyle=":", linewidth=1, label="chance")
     legend_below(figure, settings(rows), [line] if chance is not None else [], lines=True, rows=rows)
     return figure
@@ -288,10 +291,11 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
         model: Architecture.
 
     Returns:
-        The figure: mean over seeds, bands as in ``epsilon_curves``. A training loss includes its own penalty and does
-        not compare between losses; the validation loss is cross-entropy for all.
+        The figure: mean over the seeds that are not excluded, bands as in ``epsilon_curves``. A training loss includes
+        its own penalty and does not compare between losses; the validation loss is cross-entropy for all.
     """
-    rows = of_group(training, data, model)
+    rows = included(of_group(training, data, model))
+    left_out = of_group(training, data, model)["run_id"].nunique() - rows["run_id"].nunique()
     kinds = [
         ("train_loss", "training loss (each its own)", 1),
         ("val_loss", "validation CE (nat)", 1),
@@ -321,6 +325,6 @@ def training_curves(training: pd.DataFrame, data: str, model: str) -> Figure:
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
     seeds = span(rows.groupby(["loss", "loss_weight"])["seed"].nunique())
-    figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, {_spread(alpha > 0)}")
+    figure.suptitle(f"{data}, {model}: mean over n = {seeds} seeds a line, {_spread(alpha > 0)}{_left_out(left_out)}")
     legend_below(figure, settings(rows), lines=True, rows=rows)
     return figure

@@ -66,7 +66,7 @@ def read_model(
     clean = arrays[planned[0].path]
     data = planned[0].train.data.name
     correct = clean["logits"].argmax(1) == clean["labels"]
-    rows = [_accuracy_row(CLEAN, "linf", Epsilon(0.0, "0"), correct)]
+    rows = [_accuracy_row(CLEAN, "linf", Epsilon(0.0, "0"), correct, correct)]
     norms: dict[str, float] = {}
     standing: dict[tuple[str, Epsilon], dict[str, np.ndarray]] = defaultdict(dict)
     for cell in planned[1:]:
@@ -81,7 +81,7 @@ def read_model(
         for epsilon in bounds:
             stands = standing_at(found, epsilon.value)
             if not (math.isinf(epsilon.value) and cell.attack in SMALL_PERTURBATION):
-                rows.append(_accuracy_row(cell.attack, norm, epsilon, stands, cumulative=bool(cell.after)))
+                rows.append(_accuracy_row(cell.attack, norm, epsilon, stands, correct, cumulative=bool(cell.after)))
             if math.isfinite(epsilon.value):
                 standing[norm, epsilon][cell.attack] = stands
     worst = []
@@ -95,7 +95,7 @@ def read_model(
                 continue
             n = _shared(found_standing, decisive_samples(suite, data), strong=suite.strong)
             least = worst_case(list(found_standing.values()), n)
-            rows.append(_accuracy_row(f"worst_{norm}", norm, epsilon, least))
+            rows.append(_accuracy_row(f"worst_{norm}", norm, epsilon, least, correct))
             pgd = float(found_standing["pgd"][:n].mean()) if "pgd" in found_standing else math.nan
             worst.append({
                 "norm": norm, "epsilon": epsilon.value, "epsilon_label": epsilon.label, "n": n,
@@ -158,8 +158,10 @@ def _wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def _accuracy_row(
-    attack: str, norm: str, epsilon: Epsilon, robust: np.ndarray, *, cumulative: bool = False
+    attack: str, norm: str, epsilon: Epsilon, robust: np.ndarray, correct: np.ndarray, *, cumulative: bool = False
 ) -> dict[str, Any]:
+    """Return a row of accuracy.csv of the first n samples, of which ``correct`` says how the model has them clean."""
+    same = correct[: len(robust)]
     low, high = _wilson(int(robust.sum()), len(robust))
     return {
         "attack": attack,
@@ -171,4 +173,5 @@ def _accuracy_row(
         "ci_low": low,  # over images, Wilson 1927
         "ci_high": high,
         "cumulative": cumulative,
+        "clean": float(same.mean()) if len(same) == len(robust) else math.nan,
     }

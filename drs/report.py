@@ -28,21 +28,22 @@ _KEYS = ["data", "model", "loss", "loss_weight"]
 _RUN = ["run_id", *_KEYS, "seed"]
 # The columns that drawing and writing rely on, so that a missing or empty table still has them.
 COLUMNS = {
-    "models": [*_RUN, "clean_accuracy", "train_seconds", "n_clean", "n_attacked", "excluded"],
+    "models": [*_RUN, "clean_accuracy", "train_seconds", "images_seen", "n_clean", "n_attacked", "excluded"],
     "accuracy": [
         *_RUN, "attack", "norm", "epsilon", "epsilon_label", "n", "robust_accuracy", "excluded", "cumulative",
+        "clean",
     ],
     "softmax_profile": [*_KEYS, "rank", "q25", "median", "q75", "n"],
     "landing": [
         *_RUN, "attack", "epsilon_label", "n_flips", "runner_up_rate", "chance", "matrix_correlation", "excluded",
     ],
     "landing_matrices": [*_KEYS, "attack", "epsilon_label", "kind", "true_class", "other_class", "value"],
-    "training": [*_RUN, "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy"],
+    "training": [*_RUN, "epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "excluded"],
     "failures": [*_RUN, "reason", "epoch"],
     "timing": [
         *_KEYS, "baseline", "batch_size", "n_pairs", "baseline_ms", "loss_ms", "ratio", "ci_low", "ci_high", "device",
     ],
-    "paired_differences": [*_KEYS, "attack", "n_pairs", "difference", "ci_low", "ci_high"],
+    "paired_differences": [*_KEYS, "baseline", "attack", "n_pairs", "difference", "ci_low", "ci_high"],
     "correlations": [
         "data", "model", "statistic", "attack", "method", "n_models", "coefficient", "ci_low", "ci_high", "p_value",
         "q_value",

@@ -23,8 +23,13 @@ INTRO = (
     "worst cases are taken over. Of attacks that run one after another, each sees only what those of its norm before "
     "it, the ones on their own included, have left standing: its column is what is left after all of them, and the "
     f"worst case contains them. {INTERVALS} Norms are medians over images in pixel units. {MEDIANS} AT and TRADES are "
-    "adversarial training: what robustness costs where it is trained for."
+    "adversarial training: what robustness costs where it is trained for. Losses may be trained on different numbers "
+    "of images, so the last column has the time for 10 000 of them."
 )
+
+
+TIMES = {"train_seconds": "training (s)", "seconds_10k": "training, for 10 000 images (s)"}
+"""Columns of training times, with their titles."""
 
 
 def comparator_section(comparators: pd.DataFrame, accuracy: pd.DataFrame) -> str:
@@ -51,7 +56,7 @@ def comparator_section(comparators: pd.DataFrame, accuracy: pd.DataFrame) -> str
 def _columns(group: pd.DataFrame, cells: pd.DataFrame) -> dict[str, list[str]]:
     """Return what each table of a group shows, ``x`` of ``mean.<x>``, under the title of the table."""
     known = [name.removeprefix("mean.") for name in map(str, group) if name.startswith("mean.")]
-    every = attacks(name for name in known if name not in ("clean", "train_seconds") and not name.startswith("norm."))
+    every = attacks(name for name in known if name not in ("clean", *TIMES) and not name.startswith("norm."))
     in_l2 = set(cells.loc[cells["norm"] == "l2", "attack"])
     after = set(cells.loc[cells["cumulative"].astype(str) == "True", "attack"])
     tables: dict[str, list[str]] = {}
@@ -62,7 +67,7 @@ def _columns(group: pd.DataFrame, cells: pd.DataFrame) -> dict[str, list[str]]:
             worst = [name for name in alone if name.startswith("worst")]
             tables[f"{norm}, one attack after another"] = [*(name for name in own if name in after), *worst]
     norms = [name for name in known if name.startswith("norm.")]
-    tables["Minimal norms and time"] = [*norms, *(name for name in known if name == "train_seconds")]
+    tables["Minimal norms and time"] = [*norms, *(name for name in known if name in TIMES)]
     return {title: columns for title, columns in tables.items() if columns != ["clean"]}
 
 
@@ -77,8 +82,8 @@ def _table(group: pd.DataFrame, columns: list[str], images: ImageCounts) -> str:
 
 
 def _head(name: str, images: ImageCounts) -> str:
-    if name == "train_seconds":
-        return "training (s)"
+    if name in TIMES:
+        return TIMES[name]
     attack = name.removeprefix("norm.")
     return images.title(f"norm, {attack_label(attack)}" if name != attack else attack_label(attack), attack)
 
@@ -90,6 +95,6 @@ def _cell(row: "pd.Series[Any]", name: str, images: ImageCounts) -> str:
     mean, sd = row[f"mean.{name}"], row[f"sd.{name}"] if f"sd.{name}" in row else float("nan")
     if pd.isna(mean):
         return NONE
-    if name == "train_seconds" or name != attack:
+    if name in TIMES or name != attack:
         return significant(mean) + ("" if pd.isna(sd) else f" ± {significant(sd)}")
     return percent(mean) + ("" if pd.isna(sd) else f" ± {percent(sd)}") + images.bounds(mean, attack)

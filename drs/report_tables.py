@@ -7,6 +7,7 @@ import pandas as pd
 from drs.figure_matrices import landing_rows
 from drs.figure_style import (
     IN_PANELS,
+    Setting,
     attack_label,
     attacks,
     few_settings,
@@ -33,6 +34,7 @@ from drs.markdown import (
     table,
     whole,
 )
+from drs.paired import BASELINE
 from drs.report_images import INTERVALS, MEDIANS, ImageCounts
 from drs.verdicts import PRIMARY_STATISTIC
 
@@ -112,8 +114,9 @@ def differences_section(differences: pd.DataFrame, accuracy: pd.DataFrame) -> st
         return "No pair of models shares a seed with cross-entropy, so there is no paired difference."
     sections = [
         "Difference to cross-entropy at the same seed, mean and 95 % t interval over n pairs: percentage points of "
-        "accuracy, pixel units for a median minimal norm. The intervals are over seeds; an attack that saw fewer "
-        f"images than the worst case has their number n beside it. {MEDIANS} Single epsilons are in "
+        "accuracy, pixel units for a median minimal norm. A loss under adversarial training is compared with that as "
+        "well. The intervals are over seeds, and there is none where all seeds differ by the same; an attack that saw "
+        f"fewer images than the worst case has their number n beside it. {MEDIANS} Single epsilons are in "
         "tables/paired_differences.csv."
     ]
     for data, model in groups(short):
@@ -124,9 +127,11 @@ def differences_section(differences: pd.DataFrame, accuracy: pd.DataFrame) -> st
             name for name in attacks(group["attack"].astype(str)) if name.partition("@")[0].partition(".")[0] in kept
         ]
         rows = []
-        for setting in few_settings(group):
-            cells = of_setting(group, setting).set_index("attack")
-            row = [escape(marked_label(group, setting)), span(cells["n_pairs"])]
+        for setting, baseline in _compared(group):
+            cells = of_setting(group, setting)
+            cells = cells[cells["baseline"] == baseline].set_index("attack")
+            against = "" if baseline == BASELINE else f", against {setting_label(baseline, 0.0)}"
+            row = [escape(marked_label(group, setting) + against), span(cells["n_pairs"])]
             for name in columns:
                 if name not in cells.index:
                     row.append(NONE)
@@ -150,6 +155,13 @@ def differences_section(differences: pd.DataFrame, accuracy: pd.DataFrame) -> st
         sections.append(f"### {group_name(data, model)}\n\n" + table(["loss", "n pairs", *names], rows))
         sections.append(not_shown(group, "paired_differences"))
     return "\n\n".join(filter(None, sections))
+
+
+def _compared(group: pd.DataFrame) -> list[tuple[Setting, str]]:
+    """Return what is shown of a group's differences: settings with their baselines, cross-entropy first."""
+    shown = few_settings(group)
+    pairs = [(setting, baseline) for setting in shown for baseline in of_setting(group, setting)["baseline"].unique()]
+    return sorted(pairs, key=lambda pair: pair[1] != BASELINE)
 
 
 def _coefficient(row: Any) -> str:

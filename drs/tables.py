@@ -13,6 +13,7 @@ import pandas as pd
 
 from drs.cells import Cell, by_run
 from drs.config import TrainConfig, procedure_name
+from drs.data import training_images
 from drs.errors import DamagedFileError, UserError
 from drs.files import atomic_write
 from drs.landing import mean_matrices
@@ -61,7 +62,8 @@ def build_tables(
             failed = {"failed_checks": failed_checks(reduced.sanity)}
             procedure = {"procedure": procedure_name(config)}
             train_seconds = {"train_seconds": run.status().get("train_seconds", math.nan)}
-            models.append({**reduced.row, **train_seconds, **procedure, **failed, **state})
+            seen = {"images_seen": config.epochs * training_images(config.data)}
+            models.append({**reduced.row, **train_seconds, **seen, **procedure, **failed, **state})
             accuracy += [{**named, **item, **state} for item in reduced.accuracy]
             worst += [{**named, **procedure, **item, **state, **failed} for item in reduced.worst]
             sanity += [{**named, **item, **state} for item in reduced.sanity]
@@ -70,7 +72,7 @@ def build_tables(
             norms += [{**named, **item, **state} for item in reduced.norms]
             for attack, label, pair in reduced.matrices:
                 matrices[(*_group(named), attack, label)].append(np.array(pair, dtype=float))
-            training.append(pd.read_csv(run.path / "metrics.csv").assign(**named))
+            training.append(pd.read_csv(run.path / "metrics.csv").assign(**named, **state))
     missing = pd.DataFrame(_missing_models(study, failures), columns=[*_NAMES, "reason", "epoch"])
     tables = {
         "models": _ordered(pd.DataFrame(models)),

@@ -41,7 +41,7 @@ def _accuracy(rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
                 gain = np.log10(1 + weight / 0.0005)
                 clean = start - 0.01 * gain + rng.normal(0, 0.004)
                 cells.append({**identity, "attack": "clean", "norm": "", "epsilon": 0.0, "epsilon_label": "0",
-                              "n": 10000, "robust_accuracy": clean, "cumulative": False,
+                              "n": 10000, "robust_accuracy": clean, "clean": clean, "cumulative": False,
                               "excluded": excluded})  # fmt: skip
                 for attack in LINF + L2:
                     weak = {"fgsm": 1.0, "pgd": 0.8, "cw_torchattacks": 1.1}.get(attack, 0.15)
@@ -54,6 +54,7 @@ def _accuracy(rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame]:
                                       "epsilon": _epsilon(label) if label != "inf" else np.inf, "epsilon_label": label,
                                       "n": 100 if attack in ("cw", "worst_l2") else 1000,
                                       "robust_accuracy": float(np.clip(share, 0, 1)), "cumulative": False,
+                                      "clean": round(clean, 2),
                                       "excluded": excluded})  # fmt: skip
                 noise = rng.normal(0, 0.05, len(STATISTICS))
                 values = [6.0 / (1 + 400 * weight) * (1 + noise[0]), *(0.3 / (1 + gain) + noise[1:] / 5)]
@@ -73,6 +74,7 @@ def _models(accuracy: pd.DataFrame, statistics: pd.DataFrame, rng: np.random.Gen
     models["clean_accuracy"] = clean["robust_accuracy"]
     models["excluded"] = clean["excluded"]
     models["train_seconds"] = rng.uniform(20, 25, len(models))
+    models["images_seen"] = 400000
     models["n_clean"], models["n_attacked"] = 10000, 1000
     models["norm.cw"] = 1.2 + rng.normal(0, 0.05, len(models))
     return models.reset_index()
@@ -142,7 +144,7 @@ def _training(models: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
             rows.append({**{key: row[key] for key in KEYS}, "epoch": epoch, "train_loss": loss,
                          "train_accuracy": 1 - 0.4 * np.exp(-epoch / 2) + rng.normal(0, 0.005),
                          "val_loss": loss * 1.1, "val_accuracy": 0.98 - 0.4 * np.exp(-epoch / 2), "seconds": 2.5,
-                         "learning_rate": 0.1})  # fmt: skip
+                         "learning_rate": 0.1, "excluded": row["excluded"]})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -156,7 +158,8 @@ def _differences(models: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame
                 base = inside.loc[inside["loss"] == "ce", column].mean()
                 own = inside.loc[inside["loss_weight"] == weight, column].mean()
                 half = float(rng.uniform(0.01, 0.05))
-                rows.append({"data": data, "model": model, "loss": "dr_softmax", "loss_weight": weight, "attack": name,
+                rows.append({"data": data, "model": model, "loss": "dr_softmax", "loss_weight": weight,
+                             "baseline": "ce", "attack": name,
                              "n_pairs": seeds, "baseline_mean": base, "loss_mean": own, "difference": own - base,
                              "sd": half / 2, "ci_low": own - base - half, "ci_high": own - base + half})  # fmt: skip
     return pd.DataFrame(rows)

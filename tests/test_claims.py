@@ -500,6 +500,32 @@ def test_pairs_need_both_seeds_and_finite_values() -> None:
     assert table.loc["pgd@mean", "difference"] == pytest.approx(wanted["mnist-0.005-2"] - wanted["mnist-0-2"])
 
 
+def test_loss_under_adversarial_training_is_compared_with_that_too() -> None:
+    models = _group(seeds=3, weights=(0.0, 0.005))
+    hardened = models.replace({"loss": {"ce": "adversarial", "dr_softmax": "adversarial+dr_softmax"}})
+    hardened = hardened.assign(
+        clean_accuracy=lambda rows: rows["clean_accuracy"] - 0.1 + 0.03 * rows["loss_weight"] / 0.005
+    )
+    table = paired_difference_table(pd.concat([models, hardened], ignore_index=True)).query("attack == 'clean'")
+    own = models.pivot(index="seed", columns="loss", values="clean_accuracy")
+    step = (own["dr_softmax"] - own["ce"]).mean()
+    found = table.set_index(["loss", "baseline"])["difference"].to_dict()
+    assert found == {
+        ("dr_softmax", "ce"): pytest.approx(step),
+        ("adversarial", "ce"): pytest.approx(-0.1),
+        ("adversarial+dr_softmax", "ce"): pytest.approx(step - 0.07),
+        ("adversarial+dr_softmax", "adversarial"): pytest.approx(step + 0.03),
+    }
+
+
+def test_equal_differences_have_no_interval() -> None:
+    models = _group(seeds=3, weights=(0.0, 0.005)).sort_values(["seed", "loss_weight"])
+    models["clean_accuracy"] = [0.9, 0.91, 0.5, 0.51, 0.3, 0.31]
+    row = paired_difference_table(models).set_index("attack").loc["clean"]
+    assert row["difference"] == pytest.approx(0.01) and row["sd"] == 0
+    assert np.isnan([row["ci_low"], row["ci_high"]]).all()
+
+
 def test_several_runs_of_one_seed_enter_as_their_mean() -> None:
     models = _group(weights=(0.0, 0.005))
     twice = pd.concat([models, models.assign(clean_accuracy=models["clean_accuracy"] + 0.02)], ignore_index=True)

@@ -303,7 +303,21 @@ def test_degenerate_resamples_are_dropped_and_counted() -> None:
     models = _models(0, 5).assign(**{"acc.pgd@mean": [0.0, 0.0, 0.0, 0.0, 1.0]})
     row = _cell(correlation_table(models, **FAST))
     assert 50 < row["n_draws"] < 200  # a third of the resamples miss the only value that differs
-    assert np.isfinite(row["ci_low"])
+    assert np.isnan([row["ci_low"], row["ci_high"]]).all(), "those that are left say where it is, not how sure that is"
+    more = _models(0, 6).assign(**{"acc.pgd@mean": [0.0, 0.0, 0.0, 0.0, 1.0, 2.0]})
+    row = _cell(correlation_table(more, **FAST))
+    assert row["n_draws"] < 200 and row["ci_low"] < row["coefficient"] < row["ci_high"]
+
+
+def test_interval_without_width_or_without_its_coefficient_is_none() -> None:
+    draws = np.random.default_rng(0).normal(0.3, 0.1, (200, 1, 1))
+    none = np.zeros((9, 1, 1))
+    for observed, drawn, exists in (
+        (0.3, draws, True), (0.65, np.full_like(draws, 0.65), False), (1.0, np.ones_like(draws), True),
+        (0.9, draws, False),
+    ):  # fmt: skip
+        low, high = bca_interval(np.full((1, 1), observed), drawn, none)
+        assert np.isfinite([low, high]).all() == exists, observed
 
 
 def test_excluded_models_never_count() -> None:

@@ -19,6 +19,7 @@ from synthetic import study_tables
 import drs.study
 from drs.array_files import load_arrays_file
 from drs.config import PROJECT_ROOT
+from drs.data import load_split
 from drs.landing import landing_row
 from drs.runs import finished_runs, iterate_runs
 from drs.study import STAMP, _coefficients
@@ -83,6 +84,8 @@ def test_models_table_has_the_promised_columns_and_one_row_per_training(study: P
     )
     assert models["clean_accuracy"].min() > 0.9
     assert (models["train_seconds"] > 0).all()
+    config = next(iterate_runs(study)).config()
+    assert set(models["images_seen"]) == {config.epochs * len(load_split(config.data, torch.device("cpu"))[0])}
     assert models["excluded"].isna().all()
     accuracies = models.filter(regex=r"^acc\.")
     assert accuracies.shape[1] > 15
@@ -108,6 +111,9 @@ def test_accuracy_is_what_the_stored_logits_say(study: Path) -> None:
         }
         assert rows["clean", "0"] == pytest.approx(sum(right["clean"]) / 500)
         assert rows["pgd", "0.1"] == pytest.approx(sum(right["pgd@0.1"]) / 200)
+        before = accuracy[accuracy["run_id"] == run.run_id].set_index(["attack", "epsilon_label"])["clean"]
+        assert before["pgd", "0.1"] == pytest.approx(sum(right["clean"][:200]) / 200), "of the same images"
+        assert before["clean", "0"] == rows["clean", "0"]
         both = [a and b for a, b in zip(right["pgd@0.1"], right["fgsm@0.1"], strict=True)]
         assert rows["worst_linf", "0.1"] == pytest.approx(sum(both) / 200)
         robust = [

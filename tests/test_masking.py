@@ -172,7 +172,7 @@ def test_comparator_table_has_a_row_per_setting_with_its_survival() -> None:
         ]
     )
     models = table[[*NAMES, "procedure", "excluded"]].assign(
-        clean_accuracy=0.9, train_seconds=[1.0, 2.0, 3.0, 4.0, 9.0, 9.0],
+        clean_accuracy=0.9, train_seconds=[1.0, 2.0, 3.0, 4.0, 9.0, 9.0], images_seen=40000,
         failed_checks=["", "objective_gap", "", "objective_gap;more_steps", "", ""],
     )  # fmt: skip
     models["norm.fmn_linf"] = [0.1, 0.2, 0.1, np.inf, 0.3, 0.3]
@@ -186,6 +186,7 @@ def test_comparator_table_has_a_row_per_setting_with_its_survival() -> None:
     assert own["gain_pgd"] == pytest.approx(0.21)
     assert own["share"] == pytest.approx(0.5)
     assert own["mean.train_seconds"] == pytest.approx(3.0)
+    assert own["mean.seconds_10k"] == pytest.approx(0.75)
     assert own["mean.norm.fmn_linf"] == pytest.approx(0.2), "an infinite median does not enter the mean"
     assert own["failed_checks"] == "objective_gap 2/2; more_steps 1/2"
     assert rows.loc["adversarial", "gain_worst"] == pytest.approx(0.5)

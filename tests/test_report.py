@@ -355,7 +355,7 @@ def test_every_attack_that_decides_is_among_those_of_all_losses_with_its_n() -> 
         "L∞, one attack after another":
         ["APGD-CE", "adaptive", "APGD-T, n = 16", "FAB-T, n = 16", "Square, n = 16", "worst case L∞"],
         "L2, each attack on its own": ["clean", "CW (torchattacks)", "CW, n = 100", "worst case L2, n = 100"],
-        "Minimal norms and time": ["norm, CW, n = 100", "training (s)"],
+        "Minimal norms and time": ["norm, CW, n = 100", "training (s)", "training, for 10 000 images (s)"],
     }  # fmt: skip
     for body in parts.values():
         head, *rows = _tables(body)[0]
