@@ -287,5 +287,8 @@ def is_bounded(config: AttackConfig) -> bool:
 
 
 def is_minimal(config: AttackConfig) -> bool:
-    """Return whether an attack looks for the smallest perturbation, down to the rounding of what it searches on."""
-    return isinstance(config, CWConfig | FABConfig | FMNConfig | HopSkipJumpConfig)
+    """Return whether an attack ends on the decision boundary, so that the rounding of what it searches on decides.
+
+    torchattacks' CW is not among them: its constant is fixed, and it stops at whatever size that leads to.
+    """
+    return isinstance(config, CWConfig | FABConfig | FMNConfig | HopSkipJumpConfig | TargetedFABConfig)

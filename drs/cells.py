@@ -200,7 +200,7 @@ def _cell(
     if after:
         content["after"] = [cell.path.name for cell in after]
     if fast_search:  # not named where it is off, so that cells from before there was a choice keep their names
-        content["fast_search"] = True
+        content["fast_search"] = "float16"  # on a card; it was TF32 once
     label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
     path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
     return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after, fast_search)

@@ -19,7 +19,7 @@ from drs.errors import DamagedFileError, UnwritableError, UserError
 from drs.evaluation_progress import Progress
 from drs.evaluation_workers import as_they_come, count_workers, worker_pool
 from drs.files import remove_leftovers
-from drs.filling import fill_cell
+from drs.filling import CLEAN, fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
 from drs.interrupts import raise_unheard
 from drs.reduction import reduce_run
@@ -269,6 +269,8 @@ def evaluate_run(
             except Exception as error:  # whatever it is, it is this run's: recorded, told, and the others go on
                 failure = record_failure(run, cells[0].train, where, error)
                 return Outcome(run, computed, time.perf_counter() - began, failure)
+            finally:
+                CLEAN.forget()
             forget_failure(run)
             if whole is not None:
                 with suppress(DamagedFileError):  # who makes the tables finds it, and has it computed again

@@ -90,23 +90,30 @@ class Part:
 
 
 class _CleanOfModel:
-    """The clean images and logits of the model at work, for those of its cells that see the same samples."""
+    """The clean images and logits of the model at work, for those of its cells that see the same samples.
+
+    The model must stay as it is until ``forget``, which lets go of it and of what it has on a card.
+    """
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
-        self._known: dict[bytes, CleanLogits] = {}
+        self._known: dict[tuple[str, bytes], CleanLogits] = {}
 
-    def of(self, model: nn.Module, data: LabelledImages, chosen: np.ndarray) -> CleanLogits:
-        """Return those of the samples at ``chosen`` of the model's test set, of which ``data`` is the beginning."""
+    def forget(self) -> None:
+        """Let go of the model and its images."""
+        self._model, self._known = None, {}
+
+    def of(self, model: nn.Module, name: str, data: LabelledImages, chosen: np.ndarray) -> CleanLogits:
+        """Return those of the samples at ``chosen`` of a data set's test split, of which ``data`` is the beginning."""
         if model is not self._model:
             self._model, self._known = model, {}
-        key = chosen.tobytes()
+        key = name, chosen.tobytes()
         if key not in self._known:
             self._known[key] = CleanLogits(model, data.pixels(torch.from_numpy(chosen)))
         return self._known[key]
 
 
-_CLEAN = _CleanOfModel()
+CLEAN = _CleanOfModel()
 
 
 def fill_cell(
@@ -126,6 +133,7 @@ def fill_cell(
 
     ``before_writing`` is called when all is computed; what it raises keeps the arrays from being written. ``on_images``
     is called with the cell, how many of its images are done and how many are attacked, at first and after each batch.
+    Cells of a model share what it says of the clean images, so it must not change between them (``CLEAN.forget``).
 
     Where a GPU's memory ran out the batch was halved, and ``about["batch_halved"]`` says from what to what: random
     starts are drawn batch by batch and torchattacks' CW stops on the total over a batch, so that the same cell comes
@@ -181,7 +189,7 @@ def compute_part(
     try:
         if isinstance(cell.config, AttackConfig):
             chosen = np.flatnonzero(standing)[start:stop]
-            clean = None if cell.after else _CLEAN.of(model, data, chosen)
+            clean = None if cell.after else CLEAN.of(model, cell.train.data.name, data, chosen)
             places = torch.from_numpy(chosen).to(device)
             source = cell.source.load_model(device) if cell.source else None
             outcome = run_attack(

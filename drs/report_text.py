@@ -247,10 +247,12 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
     if provenance.get("fast_search"):
         parts.append(
             "Attacks searched on copies of the models with batch normalisation, where there is any, folded into the "
-            "convolutions, and on a card in float16 from the first layer on (in TF32 where float16 has not the range). "
-            "What they found was judged on the models themselves in float32; images that still stood there, but not "
-            "clearly on the copy, were attacked again on the model. Searches for the smallest perturbation and the "
-            "sanity checks were on the models, in float32."
+            "convolutions, and on a card in float16 between the first layer and the last (in TF32 where that is not "
+            "like the model). What they found was judged on the models themselves in float32; images that still stood "
+            "there, but not clearly on the copy, were attacked again on the model. An attack that returns the clean "
+            "image where it fooled nothing (APGD, Square) does not show how near it came, so that an image at the edge "
+            "may fall by one search and not by the other. Searches that end on the decision boundary (CW with binary "
+            "search, FMN, FAB, HopSkipJump) and the sanity checks were on the models, in float32."
         )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")

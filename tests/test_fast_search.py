@@ -75,7 +75,7 @@ def test_searches_for_the_smallest_perturbation_are_on_the_model(tmp_path: Path,
     run, twin = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "twin")
     cells = plan_cells(run, suite, {run: train, twin: replace(train, seed=1)})
     (found,) = {cell.fast_search for cell in cells if cell.attack == "it"}
-    assert found == (kind not in ("cw", "fab", "fmn", "fmn_from_start", "hop_skip_jump"))
+    assert found == (kind not in ("cw", "fab", "fab_t", "fmn", "fmn_from_start", "hop_skip_jump"))
 
 
 @pytest.mark.parametrize("fast", [False, True])

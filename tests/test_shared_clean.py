@@ -54,7 +54,7 @@ def test_cells_on_the_same_samples_predict_the_clean_images_once(tmp_path: Path,
     assert predicted["first"] - predicted["second"] >= 40
     assert predicted["fewer"] >= 20 + 20, "other samples are predicted"
     for name, n, seed in (("first", 40, 0), ("second", 40, 1), ("fewer", 20, 0)):
-        filling._CLEAN = filling._CleanOfModel()
+        filling.CLEAN.forget()
         planned = cell(f"{name} alone", replace(MARGIN, seed=seed), n)
         fill_cell(planned, model, device)
         for key in ("logits", "distance"):
@@ -77,6 +77,6 @@ def test_what_a_cell_before_left_standing_is_asked_for_again(tmp_path: Path, dig
     cell, device = cells_in(tmp_path), torch.device("cpu")
     first = cell("first", MARGIN, 40)
     fill_cell(first, digits_model, device)
-    kept = len(filling._CLEAN._known)
+    kept = len(filling.CLEAN._known)
     fill_cell(cell("later", MARGIN, 40, after=(first,)), digits_model, device)
-    assert len(filling._CLEAN._known) == kept
+    assert len(filling.CLEAN._known) == kept

@@ -4,12 +4,12 @@ Pixels in [0,1] and a model in eval mode go in; what comes back is finite, insid
 bound, within epsilon. Attacks and the predictions that score them run in float32 with TF32 off, unless a fast search
 is asked for; predictions are the model's own in float32 even then. Attacks leave the model's modes, its gradients and
 every random generator as they were. A gradient that is not finite is an error: its sign is 0, so the model would look
-robust. An exception inside an attack is never swallowed; one of a fast search leaves the attack to the model.
+robust. An exception inside an attack is never swallowed; after one of a fast search the attack is on the
+model, which raises it if it is the attack's.
 """
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from drs.attack_config import SLACK
+from drs.attacks.half_precision import HalfPrecision, without_gradient
 from drs.attacks.isolation import full_precision, isolated, tensor_cores
 from drs.attacks.stand_in import is_nearly_fooled, stand_in
 from drs.batches import in_batches
@@ -228,10 +229,12 @@ def run_attack(
         on_batch: Called with the number of samples just finished.
         clean: Of this model and these images, where several attacks share them.
         fast_search: Whether the attack searches on the model's stand-in (``drs.attacks.stand_in``), on a card in
-            float16, or TF32 where that has not the range. Its images are judged on the model in float32 in any case, so
-            that none falls that does not fool it. A search gives an image up once it has fooled the stand-in; what
-            still fools that, or nearly, and not the model is attacked again, on the model and in float32. So are all
-            images of a batch where the search comes upon something that is not finite.
+            float16, or TF32 where that is not like the model. Its images are judged on the model in float32 in any
+            case, so that none falls that does not fool it. A search gives an image up once it has fooled the stand-in;
+            what still fools that, or nearly, and not the model is attacked again, on the model and in float32, and so
+            is what has no gradient in float16. An attack that returns the clean image where it fooled nothing, as
+            torchattacks' APGD and Square do, does not show how near it came: an image at the edge may fall by one
+            search and not by the other. A batch on which the stand-in fails is attacked on the model.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
@@ -260,14 +263,27 @@ def run_attack(
             distance[chosen.cpu()] = moved.cpu()
             return adversarial
 
+        def search_first(chosen: Tensor) -> Tensor:
+            """Search on the stand-in; return which of the chosen are to be attacked on the model."""
+            searched = stand_in(model, pixels)
+            try:
+                adversarial = attack_those(chosen, searched, True)
+                with tensor_cores(True):
+                    with torch.no_grad():
+                        given_up = is_nearly_fooled(searched(adversarial).float(), logits[chosen], truth[chosen])
+                    if isinstance(searched, HalfPrecision):
+                        given_up |= without_gradient(searched, pixels[chosen])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the attack on the model raises what is not the stand-in's fault
+                if not isinstance(error, UserError):
+                    print(f"{attack.name}: on the model itself; on its copy: {error}".splitlines()[0], flush=True)
+                return torch.ones_like(chosen, dtype=torch.bool)
+            return given_up & (logits[chosen].argmax(dim=1) == truth[chosen])
+
         standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
         if len(standing) and fast_search:
-            searched = stand_in(model, pixels)
-            with suppress(UserError):  # the attack on the model raises what is not the stand-in's fault
-                adversarial = attack_those(standing, searched, True)
-                with torch.no_grad(), tensor_cores(True):
-                    given_up = is_nearly_fooled(searched(adversarial).float(), logits[standing], truth[standing])
-                standing = standing[given_up & (logits[standing].argmax(dim=1) == truth[standing])]
+            standing = standing[search_first(standing)]
         if len(standing):
             attack_those(standing, model, False)
         if on_batch is not None:

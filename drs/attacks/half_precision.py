@@ -4,7 +4,8 @@ What goes wrong with gradients in float16 is their range. An attack needs their 
 change where an image's gradient is multiplied by a number: on its way in, at the logits, it is brought to a size that
 float16 holds well, and at the image it gets its own size back, in float32. bfloat16 would need none of this, but its 8
 bits round an image's pixels by about as much as a small epsilon. float16, and TF32 too, round them by a sixteenth of
-1/255; so the first layer, a small part of a network, is in float32 here.
+1/255, and logits so that small margins come out as ties; so the first and the last layer, a small part of a network,
+are in float32 here on the way forward, and on the way back in what the search allows.
 """
 
 import copy
@@ -22,7 +23,7 @@ HEADROOM = 16.0
 """How many times as large gradients may grow as on the images that the scale was chosen on."""
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**11, 2.0**-13
 """Largest entry of an image's gradient for its logits: with the headroom within float16, whose largest is 65504."""
-GRADIENT_TOLERANCE = 0.5
+GRADIENT_TOLERANCE = 0.3
 """How far an image's gradient may be from the model's, as a share of its length."""
 
 
@@ -63,39 +64,39 @@ class _Images(Function):
         return gradient.contiguous() * ctx.sizes.divisor.view(-1, 1, 1, 1), None
 
 
-class _FirstLayer(nn.Module):
-    """A layer in float32, whatever is around it, with its output in float16."""
+class _EndLayer(nn.Module):
+    """A layer in float32, whatever is around it, with its output in float16 or not."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, halve: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.halve = layer, halve
         self.train(layer.training)
 
     def forward(self, values: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False), full_precision():
             output: Tensor = self.layer(values.float())
-        return output.half()
+        return output.half() if self.halve else output
 
 
 class HalfPrecision(nn.Module):
-    """A copy of a model in float16 from its first layer's output on, with gradients of the model's size.
+    """A copy of a model in float16 between its first and its last layer, with gradients of the model's size.
 
-    The first layer, a convolution or a matrix product, and what normalises the images before it are in float32.
+    Those two, convolutions or matrix products, are in float32, and so is what normalises the images before them.
 
     Args:
         model: In eval mode; float32 images ``[B, C, H, W]`` in, logits ``[B, K]`` out.
-        images: ``[B, C, H, W]``, B >= 1, of its input, to see which layer is the first.
+        images: ``[B, C, H, W]``, B >= 1, of its input, to see which layers are the first and the last.
         scale: Largest entry of an image's gradient for the logits on its way back.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, scale: float = LARGEST_SCALE) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        first = _first_layer(self.model, images)
+        called = _layers_called(self.model, images)
         for name, module in list(self.model.named_modules()):
             if isinstance(module, LAYERS):
-                if module is first:
-                    self._replace(name, _FirstLayer(module))
+                if module in (called[0], called[-1]):
+                    self._replace(name, _EndLayer(module, halve=module is not called[-1]))
                 else:
                     module.half()  # or autocast would convert its weights in every pass
         self.scale = scale
@@ -116,7 +117,8 @@ class HalfPrecision(nn.Module):
 
 
 @torch.no_grad()
-def _first_layer(model: nn.Module, images: Tensor) -> nn.Module | None:
+def _layers_called(model: nn.Module, images: Tensor) -> list[nn.Module]:
+    """Return a model's layers in the order in which they are called; at least one, and one more often where it is."""
     called: list[nn.Module] = []
     hooks = [
         module.register_forward_pre_hook(lambda layer, _: called.append(layer))
@@ -128,7 +130,20 @@ def _first_layer(model: nn.Module, images: Tensor) -> nn.Module | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return called[0] if called else None
+    if not called:
+        raise ValueError("a model without a convolution or a matrix product has nothing to compute in float16")
+    return called
+
+
+@torch.no_grad()
+def without_gradient(model: nn.Module, images: Tensor) -> Tensor:
+    """Return which images ``[B]`` have a gradient of 0, or none that is finite, for the difference of the top logits.
+
+    Where a layer saturates, rounding may end in values that have none though the model's still do.
+    """
+    nearest = model(images).float().topk(2, dim=1).indices
+    largest = _gradients(model, images, nearest).abs().amax(dim=1)
+    return ~((largest > 0) & torch.isfinite(largest))
 
 
 def in_half_precision(model: nn.Module, images: Tensor) -> HalfPrecision | None:
@@ -138,16 +153,17 @@ def in_half_precision(model: nn.Module, images: Tensor) -> HalfPrecision | None:
         model: In eval mode, on the device of the images.
         images: ``[B, C, H, W]``, B >= 1, of its input.
     """
-    with torch.no_grad():
-        nearest = model(images).float().topk(2, dim=1).indices
-    expected = _gradients(model, images, nearest)
-    half = HalfPrecision(model, images, LARGEST_SCALE * HEADROOM)
-    while not bool(torch.isfinite(_gradients(half, images, nearest)).all()):
+    with full_precision():
+        with torch.no_grad():
+            nearest = model(images).float().topk(2, dim=1).indices
+        expected = _gradients(model, images, nearest)
+        half = HalfPrecision(model, images, LARGEST_SCALE * HEADROOM)
+        while not bool(torch.isfinite(_gradients(half, images, nearest)).all()):
+            half.scale /= HEADROOM
+            if half.scale < SMALLEST_SCALE * HEADROOM:
+                return None
         half.scale /= HEADROOM
-        if half.scale < SMALLEST_SCALE * HEADROOM:
-            return None
-    half.scale /= HEADROOM
-    apart = torch.linalg.vector_norm(_gradients(half, images, nearest) - expected, dim=1)
+        apart = torch.linalg.vector_norm(_gradients(half, images, nearest) - expected, dim=1)
     alike = apart <= GRADIENT_TOLERANCE * torch.linalg.vector_norm(expected, dim=1)
     return half if bool(alike.all()) else None
 

@@ -20,10 +20,12 @@ NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 HALF_PRECISION_ON = ("cuda",)
 """The types of device whose copies are in float16; a CPU's take no less time in it."""
 TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
-"""How far the copy's logits may be from the model's, as a share of the largest: in float32 and in float16."""
+"""How far the copy's logits may be from the model's, as a share of the range of an image's: in float32, in float16."""
 NEAR = 2e-3
 """A margin below 0 by this share of the range of an image's logits may be rounding, even where a copy is closer to the
 model: it rounds otherwise in another batch."""
+FLAT = 1e-2
+"""The range of an image's logits counts as at least this share of the usual one."""
 PROBED = 7
 """Images that a copy is compared with the model on."""
 
@@ -34,9 +36,9 @@ _known: "weakref.WeakKeyDictionary[nn.Module, nn.Module | None]" = weakref.WeakK
 def stand_in(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy of a model with its batch normalisations folded into the convolutions before them.
 
-    On a card it is in float16, where its gradients are like the model's there. It is the model itself where there is
-    nothing to fold, where it cannot be traced, and where the trace of one call does not hold for another. A copy is
-    kept, and made anew where the model's weights have changed.
+    On a card it is in float16, with them folded or without any, where its logits and gradients are like the model's.
+    It is the model itself where there is nothing to fold, where it cannot be traced, and where the trace of one call
+    does not hold for another. A copy is kept, and made anew where the model's weights have changed.
 
     Args:
         model: In eval mode.
@@ -63,7 +65,9 @@ def is_nearly_fooled(searched: Tensor, logits: Tensor, labels: Tensor) -> Tensor
         labels: ``[B]``.
     """
     low, high = torch.aminmax(logits, dim=1)
-    reached, size = margin(searched, labels), (high - low).clamp_min(torch.finfo(logits.dtype).tiny)
+    # An image of hardly any range must not make rounding look large on all the others.
+    size = torch.maximum(high - low, FLAT * (high - low).median()).clamp_min(torch.finfo(logits.dtype).tiny)
+    reached = margin(searched, labels)
     apart = ((reached - margin(logits, labels)).abs() / size).nan_to_num(0.0, posinf=0.0)
     near = 2 * apart.max().clamp_min(NEAR / 2) * size
     stands = (searched.argmax(dim=1) == labels) & (reached <= -near)
@@ -107,14 +111,19 @@ def _agree(model: nn.Module, copy: nn.Module, images: Tensor, *counts: int) -> b
     tolerance = HALF_TOLERANCE if isinstance(copy, HalfPrecision) else TOLERANCE
     with full_precision():
         for count in counts:
-            expected = model(images[:count]).float()
+            expected = _centred(model(images[:count]).float())
             try:
-                found = copy(images[:count]).float()
+                found = _centred(copy(images[:count]).float())
             except torch.OutOfMemoryError:
                 raise
             except Exception:
                 return False
-            close = (found - expected).abs() <= tolerance * (1 + expected.abs().max())
+            close = (found - expected).abs() <= tolerance * expected.abs().max()
             if not bool(close.all()):
                 return False
     return True
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Return logits ``[B, K]`` less what those of an image have in common, which no prediction depends on."""
+    return logits - logits.mean(dim=1, keepdim=True)
