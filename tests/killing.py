@@ -59,7 +59,7 @@ SIZES = {
 """Arguments of the scripts: of a sweep of four runs, and of one of two with fewer attacks."""
 MOST_KILLS = {"train": 4, "evaluate": 7}
 """Of one sweep; more are spread over several."""
-TIMES = ("seconds", "train_seconds", "mean.train_seconds", "sd.train_seconds")
+TIMES = ("seconds", "train_seconds", "mean.train_seconds", "sd.train_seconds", "mean.seconds_10k", "sd.seconds_10k")
 """Columns and keys that no two runs share."""
 
 
