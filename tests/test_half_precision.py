@@ -286,3 +286,12 @@ def test_nearly_fooled_is_what_rounding_can_reach_or_what_is_no_number() -> None
     copied[3, 0] = torch.inf
     copied[4, 1] = 1.0001
     assert is_nearly_fooled(copied, model, labels).tolist() == [False, True, True, True, True]
+
+
+def test_copy_whose_margins_are_off_is_refused_however_large_an_offset_of_all_logits() -> None:
+    model, images, _ = balanced()
+    model[1][-1].bias += 3000  # type: ignore[index, operator]
+    wrong = copy.deepcopy(model)
+    assert stand_in_module._agree(model, wrong, images, 7)
+    wrong[1][-1].bias[0] += 5  # type: ignore[index, operator]
+    assert not stand_in_module._agree(model, HalfPrecision(wrong, images), images, 7)

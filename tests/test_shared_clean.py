@@ -13,6 +13,7 @@ from drs import filling
 from drs.array_files import load_arrays_file
 from drs.attack_config import AttackConfig, ProjectedConfig
 from drs.cells import Cell
+from drs.data import LabelledImages
 from drs.filling import fill_cell
 from drs.runs import RunFolder
 from drs.suite_config import Epsilon
@@ -80,3 +81,17 @@ def test_what_a_cell_before_left_standing_is_asked_for_again(tmp_path: Path, dig
     kept = len(filling.CLEAN._known)
     fill_cell(cell("later", MARGIN, 40, after=(first,)), digits_model, device)
     assert len(filling.CLEAN._known) == kept
+
+
+def test_another_data_set_has_images_of_its_own(digits_model: nn.Module) -> None:
+    first, second = (
+        LabelledImages(torch.full((5, 1, 8, 8), value, dtype=torch.uint8), torch.zeros(5)) for value in (0, 9)
+    )
+    chosen = np.arange(5)
+    clean = filling.CLEAN.of(digits_model, "one", first, chosen)
+    assert filling.CLEAN.of(digits_model, "one", first, chosen) is clean
+    assert not torch.equal(filling.CLEAN.of(digits_model, "other", second, chosen).images, clean.images)
+    assert filling.CLEAN.of(digits_model, "one", first, chosen[:3]) is not clean
+    assert filling.CLEAN.of(digits_model, "one", first, chosen[[0, 1, 2, 3, 3]]) is not clean
+    filling.CLEAN.forget()
+    assert filling.CLEAN.of(digits_model, "one", first, chosen) is not clean
