@@ -53,15 +53,17 @@ def _families(rows: pd.DataFrame, tag: str, where: str) -> list[tuple[str, str, 
     """Share out the losses of a group where their bands would hide each other: DR-softmax here, the others there.
 
     Returns:
-        File name tag, title and rows of each figure; cross-entropy is in all of them.
+        File name tag, title and rows of each figure; cross-entropy is in all of them. There is none of excluded models
+        only.
     """
     dr, ce = rows["loss"] == "dr_softmax", rows["loss"] == "ce"
-    if len(settings(rows)) <= figures.MOST_BANDS or not (~dr & ~ce).any():
-        return [(tag, where, rows)]
-    return [
+    families = [
         (tag, f"{where}, DR-softmax", rows[dr | ce]),
         (f"{tag}-others", f"{where}, other losses and procedures", rows[~dr]),
     ]
+    if len(settings(rows)) <= figures.MOST_BANDS or not (~dr & ~ce).any():
+        families = [(tag, where, rows)]
+    return [family for family in families if len(included(family[2]))]
 
 
 def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigure]:
@@ -101,7 +103,7 @@ def _of_one_group(tables: Tables, data: str, model: str) -> Iterator[PlannedFigu
         draw = partial(figures.where_attacks_land, tables["landing"], tables["landing_matrices"], data, model)
         yield _planned("where_attacks_land", tag, where, caption, draw)
     trained = of_group(tables["training"], data, model)
-    for own_tag, title, rows in _families(trained, tag, where) if len(trained) else []:
+    for own_tag, title, rows in _families(trained, tag, where):
         caption = (
             f"Mean over seeds, bands of one standard deviation ({count(rows['run_id'].nunique(), 'run')}). "
             "Each training minimises its own loss, so training losses of different colours do not compare; validation "

@@ -312,6 +312,18 @@ def test_losses_too_many_for_bands_are_shared_out_over_two_figures(table: str, k
     }
 
 
+def test_study_of_excluded_models_only_can_be_drawn() -> None:
+    tables = {name: table.copy() for name, table in study_tables().items()}
+    for name in ("models", "accuracy", "landing", "training", "worst_case", "softmax_profile"):
+        if "excluded" in tables[name]:
+            tables[name]["excluded"] = "near chance on clean data"
+    kinds = set()
+    for planned in plan_figures(tables):
+        planned.draw().draw_without_rendering()
+        kinds.add(planned.kind)
+    assert not kinds & {"epsilon_curves", "training_curves", "where_attacks_land", "robustness_against_time"}
+
+
 def test_smallest_study_can_be_drawn() -> None:
     tables = {name: table for name, table in study_tables().items()}
     keep = {"cifar10-0-0", "cifar10-0.005-0"}
