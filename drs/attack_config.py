@@ -284,11 +284,3 @@ def check_attack(key: str, attack: AttackConfig) -> None:
 def is_bounded(config: AttackConfig) -> bool:
     """Return whether an attack takes an epsilon, so that each epsilon is an attack of its own."""
     return not isinstance(config, CWConfig | CWTorchattacksConfig | FABConfig | FMNConfig | HopSkipJumpConfig)
-
-
-def is_minimal(config: AttackConfig) -> bool:
-    """Return whether an attack ends on the decision boundary, so that the rounding of what it searches on decides.
-
-    torchattacks' CW is not among them: its constant is fixed, and it stops at whatever size that leads to.
-    """
-    return isinstance(config, CWConfig | FABConfig | FMNConfig | HopSkipJumpConfig | TargetedFABConfig)

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from drs.array_files import load_arrays_file
-from drs.attack_config import SLACK, AttackConfig, ProjectedConfig, SanityConfig, TransferConfig, is_bounded, is_minimal
+from drs.attack_config import (
+    SLACK,
+    AttackConfig,
+    HopSkipJumpConfig,
+    ProjectedConfig,
+    SanityConfig,
+    TransferConfig,
+    is_bounded,
+)
 from drs.config import TrainConfig, fingerprint, identity, loss_label
 from drs.errors import DamagedFileError
 from drs.integrity import CHECKPOINT
@@ -49,6 +57,7 @@ class Cell:
         source: The run that a transfer attack is made on.
         after: The cells before it whose fallen samples it leaves alone.
         fast_search: Whether its attack searches on the model's stand-in.
+        replay: Whether its attack replays passes of the model on a card.
     """
 
     run: RunFolder
@@ -63,6 +72,7 @@ class Cell:
     source: RunFolder | None = None
     after: "tuple[Cell, ...]" = ()
     fast_search: bool = False
+    replay: bool = False
 
     @property
     def title(self) -> str:
@@ -122,13 +132,17 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
             cells.append(
                 _cell(
                     run, train, name, attack, epsilon, n, suite.batch_size, source=source, after=after,
-                    fast_search=suite.fast_search and not is_minimal(attack),
+                    # An attack that sees labels only is to see the model's.
+                    fast_search=suite.fast_search and not isinstance(attack, HopSkipJumpConfig),
+                    replay=suite.fast_search,
                 )
             )  # fmt: skip
     if suite.sanity is not None:
         epsilon = decisive_epsilons(suite, data, "linf")[0]
         n = min(suite.sanity.n_samples, suite_samples(suite, data))
-        cells.append(_cell(run, train, SANITY, suite.sanity, epsilon, n, suite.sanity.batch_size))
+        cells.append(
+            _cell(run, train, SANITY, suite.sanity, epsilon, n, suite.sanity.batch_size, replay=suite.fast_search)
+        )
     return cells
 
 
@@ -184,6 +198,7 @@ def _cell(
     source: RunFolder | None = None,
     after: tuple[Cell, ...] = (),
     fast_search: bool = False,
+    replay: bool = False,
 ) -> Cell:
     content: dict[str, Any] = {"data": train.data.name, "n": n}
     objectives: tuple[str, ...] = ()
@@ -203,7 +218,7 @@ def _cell(
         content["fast_search"] = "float16"  # on a card; it was TF32 once
     label = "" if math.isinf(epsilon.value) else "@" + epsilon.label.replace("/", "_")
     path = run.path / "eval" / f"{name}{label}-{fingerprint(content, 8)}.npz"
-    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after, fast_search)
+    return Cell(run, train, name, config, epsilon, n, batch_size, path, objectives, source, after, fast_search, replay)
 
 
 @functools.cache

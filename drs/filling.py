@@ -196,12 +196,12 @@ def compute_part(
                 build_attack(cell.config, adaptive_objectives=cell.objectives, source=source),
                 model, data.pixels(places) if clean is None else clean.images, data.labels[places],
                 epsilon=cell.epsilon.value, batch_size=cell.batch_size, seed=cell.config.seed + start,
-                on_batch=on_batch, clean=clean, fast_search=cell.fast_search,
+                on_batch=on_batch, clean=clean, fast_search=cell.fast_search, replay=cell.replay,
             )  # fmt: skip
             arrays = {"logits": outcome.logits.numpy(), "distance": outcome.distance.numpy()}
             return Part(arrays, outcome.batch_size)
         if isinstance(cell.config, SanityConfig):
-            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config)
+            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config, replay=cell.replay)
             arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
             return Part(arrays, probes.batch_size, tuple(probes.standing))
         logits, size = clean_logits(model, data, "clean images", on_batch)

@@ -251,8 +251,9 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
             "like the model). What they found was judged on the models themselves in float32; images that still stood "
             "there, but not clearly on the copy, were attacked again on the model. An attack that returns the clean "
             "image where it fooled nothing (APGD, Square) does not show how near it came, so that an image at the edge "
-            "may fall by one search and not by the other. Searches that end on the decision boundary (CW with binary "
-            "search, FMN, FAB, HopSkipJump) and the sanity checks were on the models, in float32."
+            "may fall by one search and not by the other. What ended on a copy's decision boundary (CW with binary "
+            "search, FMN, FAB) was brought to the model's. HopSkipJump and the sanity checks were on the models, in "
+            "float32."
         )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")

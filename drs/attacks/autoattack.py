@@ -157,6 +157,7 @@ class TargetedFAB(_LibraryAttack):
     """
 
     name = "FAB-T (torchattacks)"
+    ends_on_boundary = True
 
     def __init__(self, norm: str, steps: int, restarts: int, seed: int) -> None:
         self.norm = norm

@@ -85,6 +85,7 @@ class CarliniWagner:
     """
 
     name = "CW (foolbox)"
+    ends_on_boundary = True
     norm = "l2"
     bounded = False
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from drs.attack_config import SLACK
+from drs.attacks.boundary import bring_to_boundary
 from drs.attacks.half_precision import HalfPrecision, without_gradient
 from drs.attacks.isolation import full_precision, isolated, tensor_cores
+from drs.attacks.replay import original, replayed
 from drs.attacks.stand_in import is_nearly_fooled, stand_in
 from drs.batches import in_batches
 from drs.errors import UserError
@@ -31,6 +33,8 @@ class Attack(Protocol):
         name: For messages.
         norm: ``linf`` or ``l2``, the norm it is scored in.
         bounded: Whether it takes an epsilon; without one it looks for a small perturbation of any size.
+
+    An attack whose images end on the decision boundary has a true attribute ``ends_on_boundary``.
     """
 
     name: str
@@ -215,6 +219,7 @@ def run_attack(
     on_batch: Callable[[int], None] | None = None,
     clean: CleanLogits | None = None,
     fast_search: bool = False,
+    replay: bool = False,
 ) -> AttackOutcome:
     """Attack the samples the model gets right; the others are failures already and keep their clean logits.
 
@@ -232,9 +237,13 @@ def run_attack(
             float16, or TF32 where that is not like the model. Its images are judged on the model in float32 in any
             case, so that none falls that does not fool it. A search gives an image up once it has fooled the stand-in;
             what still fools that, or nearly, and not the model is attacked again, on the model and in float32, and so
-            is what has no gradient in float16. An attack that returns the clean image where it fooled nothing, as
-            torchattacks' APGD and Square do, does not show how near it came: an image at the edge may fall by one
-            search and not by the other. A batch on which the stand-in fails is attacked on the model.
+            is what has no gradient in float16. What ends on the stand-in's boundary is first brought to the model's.
+            An attack that returns the clean image where it fooled nothing, as torchattacks' APGD and Square do, does
+            not show how near it came: an image at the edge may fall by one search and not by the other. A batch on
+            which the stand-in fails is attacked on the model.
+        replay: Whether passes of the model over small batches are recorded on a card and replayed
+            (``drs.attacks.replay``), for an attack that is to search on the model itself; a fast search does so in any
+            case. A batch on which that fails is attacked without.
 
     Raises:
         UserError: For input that breaks the contract, logits that are not finite, or an attack that does.
@@ -250,14 +259,24 @@ def run_attack(
     else:
         epsilon = math.inf
 
+    recorded = replayed(model, images) if fast_search or replay else model
+
     def attack_batch(start: int, stop: int) -> tuple[Tensor, Tensor]:
         pixels, truth = images[start:stop], labels[start:stop]
         logits = clean.batch(start, stop)
         distance = torch.zeros(len(pixels), dtype=torch.float64)
 
+        def settled(clean_images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+            norm = perturbation_norm(clean_images, adversarial, attack.norm)
+            longest = (epsilon / norm).clamp_min(1).float()
+            with full_precision():
+                return bring_to_boundary(lambda x: model(x).argmax(dim=1), clean_images, adversarial, labels, longest)
+
         def attack_those(chosen: Tensor, searched: nn.Module, tf32: bool) -> Tensor:
             with isolated(searched, seed + start, tf32):
                 adversarial = attack.perturb(searched, pixels[chosen].clone(), truth[chosen], epsilon).detach()
+            if original(searched) is not model and getattr(attack, "ends_on_boundary", False):
+                adversarial = settled(pixels[chosen], adversarial, truth[chosen])
             moved = check_adversarial(pixels[chosen], adversarial, epsilon, attack.norm, attack.name)
             logits[chosen] = predict(model, adversarial, f"adversarial images of {attack.name}")
             distance[chosen.cpu()] = moved.cpu()
@@ -265,13 +284,14 @@ def run_attack(
 
         def search_first(chosen: Tensor) -> Tensor:
             """Search on the stand-in; return which of the chosen are to be attacked on the model."""
-            searched = stand_in(model, pixels)
+            found = stand_in(model, pixels)
+            searched = recorded if found is model else found
             try:
                 adversarial = attack_those(chosen, searched, True)
                 with tensor_cores(True):
                     with torch.no_grad():
                         given_up = is_nearly_fooled(searched(adversarial).float(), logits[chosen], truth[chosen])
-                    if isinstance(searched, HalfPrecision):
+                    if isinstance(original(searched), HalfPrecision):
                         given_up |= without_gradient(searched, pixels[chosen])
             except torch.OutOfMemoryError:
                 raise
@@ -281,11 +301,23 @@ def run_attack(
                 return torch.ones_like(chosen, dtype=torch.bool)
             return given_up & (logits[chosen].argmax(dim=1) == truth[chosen])
 
+        def search_on_model(chosen: Tensor) -> None:
+            if recorded is not model:
+                try:
+                    attack_those(chosen, recorded, False)
+                    return
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    if not isinstance(error, UserError):
+                        print(f"{attack.name}: without recorded passes: {error}".splitlines()[0], flush=True)
+            attack_those(chosen, model, False)
+
         standing = (logits.argmax(dim=1) == truth).nonzero().squeeze(1)
         if len(standing) and fast_search:
             standing = standing[search_first(standing)]
         if len(standing):
-            attack_those(standing, model, False)
+            search_on_model(standing)
         if on_batch is not None:
             on_batch(len(pixels))
         return logits.cpu(), distance

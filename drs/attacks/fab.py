@@ -73,6 +73,7 @@ class TargetedFastAdaptiveBoundary:
     """
 
     name = "FAB-T (this project)"
+    ends_on_boundary = True
     norm = "linf"
     bounded = False
 

@@ -144,6 +144,7 @@ class FastMinimumNorm:
     """
 
     bounded = False
+    ends_on_boundary = True
 
     def __init__(self, norm: str, steps: int, start_steps: int = 0, targets: int = TARGETS) -> None:
         self.norm = norm

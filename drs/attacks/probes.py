@@ -63,7 +63,9 @@ class Probes:
     batch_size: int
 
 
-def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig) -> Probes:
+def run_probes(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig, *, replay: bool = False
+) -> Probes:
     """Run every probe in Linf.
 
     The probes: ``clean``; ``epsilon_0`` (margin PGD with a ball of no size); ``ce``, ``margin`` and ``targeted`` PGD
@@ -79,6 +81,7 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
         labels: ``[N]``.
         epsilon: Radius of the probes that do not name their own, pixel units.
         config: Steps, restarts, batch size and seed.
+        replay: See ``drs.attacks.contract.run_attack``.
 
     Raises:
         UserError: Where the contract of ``drs.attacks.contract`` is broken.
@@ -96,8 +99,9 @@ def run_probes(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float,
             f"probe on {objective}", [objective], "linf", steps, restarts, config.relative_step_size
         )
         outcome = run_attack(
-            attack, target, images, labels, epsilon=radius, batch_size=config.batch_size, seed=config.seed
-        )
+            attack, target, images, labels, epsilon=radius, batch_size=config.batch_size, seed=config.seed,
+            replay=replay,
+        )  # fmt: skip
         sizes.append(outcome.batch_size)
         return (outcome.logits.argmax(dim=1) == labels.cpu()).numpy()
 

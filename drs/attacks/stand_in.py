@@ -15,6 +15,7 @@ from torch.fx.experimental.optimization import fuse
 from drs.attacks.half_precision import HalfPrecision, in_half_precision
 from drs.attacks.isolation import full_precision
 from drs.attacks.objectives import margin
+from drs.attacks.replay import original, replayed
 
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 HALF_PRECISION_ON = ("cuda",)
@@ -38,19 +39,20 @@ def stand_in(model: nn.Module, images: Tensor) -> nn.Module:
 
     On a card it is in float16, with them folded or without any, where its logits and gradients are like the model's.
     It is the model itself where there is nothing to fold, where it cannot be traced, and where the trace of one call
-    does not hold for another. A copy is kept, and made anew where the model's weights have changed.
+    does not hold for another. A copy is kept, and made anew where the model's weights have changed. On a card its
+    passes over small batches are recorded and replayed (``drs.attacks.replay``).
 
     Args:
         model: In eval mode.
         images: ``[B, C, H, W]``, B >= 1, of its input. On the first of them the copy must answer as the model does.
     """
     if model in _known:
-        copy = _known[model]
-        if copy is None or _agree(model, copy, images, PROBED):
-            return model if copy is None else copy
+        known = _known[model]
+        if known is None or _agree(model, original(known), images, PROBED):
+            return model if known is None else known
     copy = next((each for each in _copies(model, images) if _agree(model, each, images, 1, PROBED)), None)
-    _known[model] = copy
-    return model if copy is None else copy
+    _known[model] = None if copy is None else replayed(copy, images)
+    return _known[model] or model
 
 
 def is_nearly_fooled(searched: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
