@@ -141,7 +141,7 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
         epsilon = decisive_epsilons(suite, data, "linf")[0]
         n = min(suite.sanity.n_samples, suite_samples(suite, data))
         cells.append(
-            _cell(run, train, SANITY, suite.sanity, epsilon, n, suite.sanity.batch_size, replay=suite.fast_search)
+            _cell(run, train, SANITY, suite.sanity, epsilon, n, suite.sanity.batch_size, fast_search=suite.fast_search)
         )
     return cells
 

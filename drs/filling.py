@@ -201,7 +201,9 @@ def compute_part(
             arrays = {"logits": outcome.logits.numpy(), "distance": outcome.distance.numpy()}
             return Part(arrays, outcome.batch_size)
         if isinstance(cell.config, SanityConfig):
-            probes = run_probes(model, data.pixels(), data.labels, cell.epsilon.value, cell.config, replay=cell.replay)
+            probes = run_probes(
+                model, data.pixels(), data.labels, cell.epsilon.value, cell.config, fast_search=cell.fast_search
+            )
             arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
             return Part(arrays, probes.batch_size, tuple(probes.standing))
         logits, size = clean_logits(model, data, "clean images", on_batch)

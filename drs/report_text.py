@@ -252,8 +252,8 @@ def scoring_section(provenance: dict[str, Any], tables: Tables) -> str:
             "there, but not clearly on the copy, were attacked again on the model. An attack that returns the clean "
             "image where it fooled nothing (APGD, Square) does not show how near it came, so that an image at the edge "
             "may fall by one search and not by the other. What ended on a copy's decision boundary (CW with binary "
-            "search, FMN, FAB) was brought to the model's. HopSkipJump and the sanity checks were on the models, in "
-            "float32."
+            "search, FMN, FAB) was brought to the model's. HopSkipJump was on the models, in float32, and so were the "
+            "sanity checks that rescale logits or look at each iterate."
         )
     if sanity := provenance.get("sanity"):
         parts.append(f"Sanity checks: {escape(_value(sanity))}.")

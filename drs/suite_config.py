@@ -31,7 +31,7 @@ class SuiteConfig:
         fast_search: Whether attacks search on a copy of the model with its batch normalisations folded, on a card in
             float16. What they find is judged on the model in float32, and what stands there, but not clearly on the
             copy, is attacked again; what ends on the copy's decision boundary is first brought to the model's. The
-            hard-label attack and the sanity checks are on the model altogether. On a card passes over small batches are
+            hard-label attack is on the model altogether. On a card passes over small batches are
             recorded and replayed. Part of a result's identity.
     """
 

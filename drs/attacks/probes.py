@@ -64,7 +64,7 @@ class Probes:
 
 
 def run_probes(
-    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig, *, replay: bool = False
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, config: SanityConfig, *, fast_search: bool = False
 ) -> Probes:
     """Run every probe in Linf.
 
@@ -81,7 +81,8 @@ def run_probes(
         labels: ``[N]``.
         epsilon: Radius of the probes that do not name their own, pixel units.
         config: Steps, restarts, batch size and seed.
-        replay: See ``drs.attacks.contract.run_attack``.
+        fast_search: See ``drs.attacks.contract.run_attack``; for the probes of the model as it is. What looks at each
+            iterate, and what attacks rescaled logits, is on the model.
 
     Raises:
         UserError: Where the contract of ``drs.attacks.contract`` is broken.
@@ -100,7 +101,7 @@ def run_probes(
         )
         outcome = run_attack(
             attack, target, images, labels, epsilon=radius, batch_size=config.batch_size, seed=config.seed,
-            replay=replay,
+            fast_search=fast_search and target is model, replay=fast_search,
         )  # fmt: skip
         sizes.append(outcome.batch_size)
         return (outcome.logits.argmax(dim=1) == labels.cpu()).numpy()
