@@ -517,6 +517,7 @@ def test_rules_state_the_constants() -> None:
         f"below {100 * MEANINGFUL_GAIN:g} points",
         f"±{MEANINGFUL_CORRELATION:g}",
         f"below {TIME_BUDGET:g}",
+        "Intervals of C2 and C5 were over seeds alone when the study was first run; they were widened to count images",
     ):
         assert part in text, part
 
