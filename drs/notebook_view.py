@@ -60,7 +60,7 @@ class StudyView:
 
     def show_readme(self, block: str) -> Page:
         """Return a part of README.md that comes from tables, as this study has it; ``KeyError`` for any other name."""
-        return Page(_html(BLOCKS[block](self.study_dir) or "*There is no such study beside this one.*"))
+        return Page(_html(BLOCKS[block](self.study_dir)))
 
     def write_reports(self) -> list[Path]:
         """Write REPORT.md and report.html with the figures as they are now; return the two paths."""

@@ -266,14 +266,15 @@ def _mean(models: pd.DataFrame, column: str) -> str:
     return percent(float(models[column].mean())) + " %" if column in models and len(models) else "–"
 
 
-BLOCKS: dict[str, Callable[[Path], str | None]] = {
+BLOCKS = {
     "claims": claims_block,
-    "pairs": pairs_block,
     "studies": studies_block,
     "accuracy": accuracy_block,
     "survival": survival_block,
     "questions": questions_block,
 }
+BESIDE = {"pairs": pairs_block}
+"""Blocks about another study than that which README.md is filled from."""
 
 
 def fill(text: str, study_dir: Path) -> str:
@@ -284,7 +285,8 @@ def fill(text: str, study_dir: Path) -> str:
     Raises:
         UserError: If a pair of markers is missing.
     """
-    for name, make in BLOCKS.items():
+    blocks: dict[str, Callable[[Path], str | None]] = {**BLOCKS, **BESIDE}
+    for name, make in blocks.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise UserError(f"README.md: the markers <!-- {name} --> and <!-- /{name} --> must stand there once")

@@ -45,7 +45,7 @@ def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: P
     tables = study_tables()
     write_study(tmp_path / "one", tables)
     assert readme.pairs_block(tmp_path / "one") is None
-    text = "".join(f"<!-- {name} -->\nby hand\n<!-- /{name} -->\n" for name in readme.BLOCKS)
+    text = "".join(f"<!-- {name} -->\nby hand\n<!-- /{name} -->\n" for name in (*readme.BLOCKS, *readme.BESIDE))
     before = fill(text, tmp_path / "one")
     assert "<!-- pairs -->\nby hand\n<!-- /pairs -->" in before and before.count("by hand") == 1
     claims = tables["claims"].assign(n_images=np.where(tables["claims"]["claim"] == "C2", 500.0, np.nan))
