@@ -8,8 +8,11 @@ from typing import Any
 
 import pandas as pd
 
+from drs import findings as other_findings
+from drs import gain_findings
 from drs.evidence import sentences
-from drs.findings import CLAIMS, Finding, Group, as_correlation, select, spearman
+from drs.findings import Finding, Group, as_correlation, select, spearman
+from drs.image_outcomes import GroupOutcomes
 from drs.paired import paired_difference_table
 from drs.selection import group_models, usable_models
 from drs.verdicts import DECISIVE_WEAK, DECISIVE_WORST, INCONCLUSIVE, RULES, STATEMENTS, Decision, least_favourable
@@ -17,14 +20,16 @@ from drs.verdicts import DECISIVE_WEAK, DECISIVE_WORST, INCONCLUSIVE, RULES, STA
 __all__ = ["COLUMNS", "RULES", "decide_claims", "paired_difference_table"]
 
 SANITY = ["data", "model", "loss", "loss_weight", "check", "passed", "excluded"]
-COLUMNS = ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model"]
+COLUMNS = ["claim", "statement", "verdict", "effect", "ci_low", "ci_high", "n", "evidence", "data", "model", "n_images"]
+
+CLAIMS = other_findings.CLAIMS | gain_findings.CLAIMS
 
 
 def _row(claim: str, finding: Finding, data: str, model: str) -> dict[str, Any]:
     text = sentences([finding.decision.reason, *finding.details])
     effect = finding.effect, finding.ci_low, finding.ci_high
     values = (claim, STATEMENTS[claim], finding.decision.verdict, *effect, finding.n, text, data, model)
-    return dict(zip(COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS, (*values, finding.n_images), strict=True))
 
 
 def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFrame, strong_suite: bool) -> Finding:
@@ -66,6 +71,7 @@ def decide_claims(
     worst_case: pd.DataFrame | None = None,
     sanity: pd.DataFrame | None = None,
     minimal_norms: pd.DataFrame | None = None,
+    outcomes: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Decide the claims C1 to C5 for every dataset and architecture, and over all of them.
 
@@ -80,15 +86,16 @@ def decide_claims(
         sanity: sanity.csv: ``data, model, loss, loss_weight, check, passed, excluded``.
         minimal_norms: minimal_norms.csv, see ``drs.minimal_norms.norm_rows``: the evidence of C2 says from it which
             norms are not converged.
+        outcomes: image_outcomes.csv, see ``drs.image_outcomes``; C2 and C5 are open without it, because their intervals
+            are to hold for other images too.
 
     Returns:
         ``COLUMNS``; the overall rows, with data = model = ``all``, come first. ``effect`` with its 95 % interval is a
         coefficient (C1, C4), a difference in robust accuracy as a share (C2), a ratio of times (C3) or of
-        gains (C5); ``n`` counts
-        models, pairs of seeds, or timed pairs. A claim whose inputs are missing is inconclusive, and the evidence
-        says what is missing.
+        gains (C5); ``n`` counts models, pairs of seeds, or timed pairs, and ``n_images`` the images of the interval
+        (C2, C5). A claim whose inputs are missing is inconclusive, and the evidence says what is missing.
     """
-    differences = paired_difference_table(models)
+    differences = paired_difference_table(models, outcomes)
     findings: dict[str, dict[str, Finding]] = {claim: {} for claim in STATEMENTS}
     rows: list[dict[str, Any]] = []
     for data, model, every in group_models(models):
@@ -102,12 +109,13 @@ def decide_claims(
             worst_case=select(pd.DataFrame() if worst_case is None else worst_case, data=data, model=model),
             sanity=select(pd.DataFrame(columns=SANITY) if sanity is None else sanity, data=data, model=model),
             norms=select(pd.DataFrame() if minimal_norms is None else minimal_norms, data=data, model=model),
+            outcomes=GroupOutcomes(outcomes, data, model),
             strong_suite=strong_suite,
         )
         excluded = len(every) - len(usable)
         note = f"{excluded} of {len(every)} models {'is' if excluded == 1 else 'are'} excluded" if excluded else ""
-        for claim, decide in CLAIMS.items():
-            finding = decide(group)
+        for claim in STATEMENTS:
+            finding = CLAIMS[claim](group)
             if claim != "C3":
                 finding = finding._replace(details=(*finding.details, note))
             findings[claim][f"{data}/{model}"] = finding

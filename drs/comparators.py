@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from drs.image_outcomes import GroupOutcomes
 from drs.marks import counted
-from drs.masking import paired_gains, survival
+from drs.masking import crossed_survival, paired_gains, survival
 from drs.paired import BASELINE
 from drs.selection import group_models, usable_models
 
@@ -18,13 +19,19 @@ ACCURACIES = (
 NORMS = ("smallest_linf", "smallest_l2", "fmn_linf", "fmn_l2", "cw")
 
 
-def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: pd.DataFrame) -> pd.DataFrame:
+def comparator_table(
+    models: pd.DataFrame,
+    accuracy: pd.DataFrame,
+    worst_case: pd.DataFrame,
+    outcomes: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """Summarise every setting, a loss and weight with its procedure, over its usable seeds.
 
     Args:
         models: models.csv.
         accuracy: accuracy.csv.
         worst_case: worst_case.csv.
+        outcomes: image_outcomes.csv; without it there are no intervals over images.
 
     Returns:
         A row per group and setting: ``data, model, loss, loss_weight, n_seeds``; ``mean.<x>`` and ``sd.<x>`` over seeds
@@ -33,11 +40,13 @@ def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: p
         10 000 images, each epoch's counted anew); against cross-entropy at the same
         seed, in Linf: ``n_images`` of the worst case, ``n_pairs``, ``gain_pgd`` and ``gain_worst`` with ``_low`` and
         ``_high`` (shares of samples, t intervals) and ``share`` with ``share_low`` and ``share_high`` (Fieller; NaN
-        where unbounded); ``failed_checks``, how many of the models fail each check.
+        where unbounded), all for other seeds on these images, and with ``_crossed_low`` and ``_crossed_high`` for other
+        seeds and other images (``drs.two_way``); ``failed_checks``, how many of the models fail each check.
     """
     rows: list[dict[str, Any]] = []
     for data, model, group in group_models(usable_models(models)):
         worst = worst_case[(worst_case["data"] == data) & (worst_case["model"] == model)]
+        images = None if outcomes is None else GroupOutcomes(outcomes, data, model)
         n_images = worst.loc[worst["norm"] == "linf", "n"].min()  # NaN where there are none
         cells = accuracy[accuracy["run_id"].isin(group["run_id"])]
         decisive = worst[["norm", "epsilon"]].drop_duplicates()
@@ -56,7 +65,7 @@ def comparator_table(models: pd.DataFrame, accuracy: pd.DataFrame, worst_case: p
                 finite = numbers.astype(float).replace(np.inf, np.nan)
                 row |= {f"mean.{name}": finite.mean(), f"sd.{name}": finite.std()}
             if loss != BASELINE:
-                row |= _survival(worst, str(loss), float(str(weight)))
+                row |= _survival(worst, images, str(loss), float(str(weight)))
             row["failed_checks"] = _failures(own)
             rows.append(row)
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["data", "model", "loss", "loss_weight", "n_seeds"])
@@ -67,12 +76,18 @@ def seconds_for_10000(models: pd.DataFrame) -> pd.Series:
     return 10000 * models["train_seconds"] / models["images_seen"]
 
 
-def _survival(worst: pd.DataFrame, loss: str, weight: float) -> dict[str, float]:
+def _survival(worst: pd.DataFrame, images: GroupOutcomes | None, loss: str, weight: float) -> dict[str, float]:
     left = survival(paired_gains(worst, loss, weight))
     row: dict[str, float] = {"n_pairs": left.pgd.n}
     for name, gain in (("gain_pgd", left.pgd), ("gain_worst", left.worst)):
         row |= {name: gain.difference, f"{name}_low": gain.ci_low, f"{name}_high": gain.ci_high}
-    return row | {"share": left.share, "share_low": left.ci_low, "share_high": left.ci_high}
+    row |= {"share": left.share, "share_low": left.ci_low, "share_high": left.ci_high}
+    if images is None:
+        return row
+    both, _ = crossed_survival(images, loss, weight)
+    for name, gain in (("gain_pgd", both.pgd), ("gain_worst", both.worst)):
+        row |= {f"{name}_crossed_low": gain.ci_low, f"{name}_crossed_high": gain.ci_high}
+    return row | {"share_crossed_low": both.ci_low, "share_crossed_high": both.ci_high}
 
 
 def _failures(own: pd.DataFrame) -> str:

@@ -25,6 +25,7 @@ from drs.figure_style import (
     wilson_interval,
 )
 from drs.marks import has_failed
+from drs.shown_intervals import counts_images, shown_gains
 
 _PALE: dict[str, Any] = {"alpha": 0.45}
 _GAINS: list[tuple[str, str, float, dict[str, Any]]] = [
@@ -89,14 +90,14 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
     """Draw each loss's gain over cross-entropy under PGD and under the worst case, a panel per group.
 
     Args:
-        comparators: comparators.csv; gains are means over pairs of seeds, with 95 % t intervals where there are two
-            pairs or more.
+        comparators: comparators.csv; gains are means over pairs of seeds, with the 95 % intervals of
+            ``drs.shown_intervals`` where there are two pairs or more.
 
     Returns:
         The figure: gains in percentage points at the decisive epsilons, on the same images. Losses of which a model
         fails a sanity check are hollow; a gain over one pair, which has no interval, is a diamond.
     """
-    rows = comparators[comparators["gain_pgd"].notna()]
+    rows = shown_gains(comparators[comparators["gain_pgd"].notna()])
     pairs = groups(rows)
     counts = [len(of_group(rows, data, model)) for data, model in pairs]
     columns = min(2, len(pairs))
@@ -131,7 +132,8 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
         axis.set_xlabel("gain over CE (percentage points)")
         axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
     figure.suptitle(
-        "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % t interval\n"
+        "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % interval over "
+        f"{'seeds and images' if counts_images(rows) else 'seeds'}\n"
         "intervals of two pairs are cut at the edges"
     )
     handles = [

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from drs import figure_cost, figure_summary, figures
 from drs.figure_style import count, groups, included, of_group, settings
+from drs.shown_intervals import kind_of_interval
 from drs.verdicts import PRIMARY_STATISTIC
 
 Tables = dict[str, pd.DataFrame]
@@ -144,7 +145,7 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
     if "gain_pgd" in gains and gains["gain_pgd"].notna().any():
         caption = (
             "Each loss against cross-entropy at the same seed, on the same images: gain under PGD (pale squares) and "
-            "under the worst case over all attacks (circles), with 95 % t intervals over pairs of seeds; a diamond "
+            f"under the worst case over all attacks (circles), with {kind_of_interval(gains)}; a diamond "
             "has one pair and no interval, a hollow point is a loss of which a model fails a sanity check. What lies "
             "between square and circle is lost to stronger attacks."
         )
@@ -153,7 +154,7 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
         caption = (
             "DR-softmax at the published weight, and trainings that are known to make models robust: gain over "
             "cross-entropy at the same seed under PGD (left) and under the worst case over all attacks (middle), on "
-            "the same images, with 95 % t intervals over pairs of seeds; time of a training step against "
+            f"the same images, with {kind_of_interval(gains)}; time of a training step against "
             "cross-entropy's (right), with 95 % intervals. A diamond has one pair of seeds and no interval; a hollow "
             "point is a loss of which a model fails a sanity check; bars are cut at the edges."
         )

@@ -24,6 +24,7 @@ from drs.figure_style import (
     styled,
 )
 from drs.marks import has_failed
+from drs.shown_intervals import shown_gains
 
 REFERENCE_TRAININGS = ("adversarial", "trades")
 ROW_HEIGHT = 0.3  # inches
@@ -53,8 +54,8 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
     """Draw gains over cross-entropy and the time of a training step, a row per group and setting.
 
     Args:
-        comparators: comparators.csv; gains are means over pairs of seeds, with 95 % t intervals where there are two
-            pairs or more.
+        comparators: comparators.csv; gains are means over pairs of seeds, with the 95 % intervals of
+            ``drs.shown_intervals`` where there are two pairs or more.
         timing: timing.csv; ratios of medians to cross-entropy's, with 95 % intervals.
 
     Returns:
@@ -62,6 +63,7 @@ def summary(comparators: pd.DataFrame, timing: pd.DataFrame) -> Figure:
         training step as a multiple of cross-entropy's. Losses of which a model fails a sanity check are hollow; a gain
         over one pair of seeds, which has no interval, is a diamond.
     """
+    comparators = shown_gains(comparators)
     rows = summary_rows(comparators, timing)
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 1.25), layout="constrained")
     pgd, worst, cost = figure.subplots(1, 3, sharey=True, width_ratios=[1, 1, 0.8])

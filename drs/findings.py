@@ -1,4 +1,7 @@
-"""What the claims table reads of one dataset and architecture: the figures of each claim, and the words for them."""
+"""What the claims table reads of one dataset and architecture: the figures of each claim, and the words for them.
+
+Here are correlations and times (C1, C3, C4); what is paired with cross-entropy is in ``drs.gain_findings``.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,9 +11,8 @@ import numpy as np
 import pandas as pd
 
 from drs import evidence
-from drs.convergence import is_unconverged, missed_share
 from drs.correlation import Correlation, correlate, correlate_settings
-from drs.masking import MASKING_CHECKS, failing_share, masked_checks, paired_gains, survival
+from drs.image_outcomes import GroupOutcomes
 from drs.paired import BASELINE
 from drs.selection import usable_models
 from drs.verdicts import (
@@ -24,26 +26,14 @@ from drs.verdicts import (
     WEAK_ATTACKS,
     WORST_CASES,
     Decision,
-    Difference,
     Reading,
     decide_clean,
     decide_correlation,
-    decide_masking,
-    decide_robustness,
     decide_time,
-    pairs_of_seeds,
 )
 
 _STATISTIC = f"stat.{PRIMARY_STATISTIC}"
 _NAN = float("nan")
-_NORMS = {
-    "norm.smallest_l2": "smallest L2 found by any attack",
-    "norm.smallest_linf": "smallest Linf found by any attack",
-    "norm.cw": "L2 by CW",
-    "norm.fmn_l2": "L2 by FMN",
-    "norm.fmn_linf": "Linf by FMN",
-}
-"""The median minimal norms of paired_differences.csv, the ones that decide first."""
 _TIMING = ("ratio", "ci_low", "ci_high", "n_pairs", "baseline_ms", "loss_ms", "batch_size", "device")
 
 
@@ -58,11 +48,12 @@ class Group(NamedTuple):
     worst_case: pd.DataFrame
     sanity: pd.DataFrame
     norms: pd.DataFrame
+    outcomes: GroupOutcomes
     strong_suite: bool
 
 
 class Finding(NamedTuple):
-    """A decision with its effect, 95 % interval, n, and further sentences of evidence."""
+    """A decision with its effect, 95 % interval, n, further sentences of evidence, and the images of the interval."""
 
     decision: Decision
     effect: float = _NAN
@@ -70,6 +61,7 @@ class Finding(NamedTuple):
     ci_high: float = _NAN
     n: int = 0
     details: tuple[str, ...] = ()
+    n_images: float = _NAN
 
 
 def select(table: pd.DataFrame, **conditions: object) -> pd.DataFrame:
@@ -82,7 +74,8 @@ def select(table: pd.DataFrame, **conditions: object) -> pd.DataFrame:
     return table
 
 
-def _setting(table: pd.DataFrame) -> pd.DataFrame:
+def published_setting(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of DR-softmax at the published weight."""
     return select(table, loss=PRIMARY_LOSS, loss_weight=PRIMARY_WEIGHT)
 
 
@@ -154,73 +147,8 @@ def _correlation_claim(group: Group) -> Finding:
     return Finding(decision, shown.coefficient, shown.ci_low, shown.ci_high, shown.n, details)
 
 
-def _norms(found: dict[str, Difference], searches: pd.DataFrame) -> str:
-    """Return the changes in the median minimal norms; a search that saw fewer images than another says how many."""
-    most = searches["n"].max() if len(searches) else _NAN
-    parts = []
-    for column, name in _NORMS.items():
-        if column not in found:
-            continue
-        own = select(searches, attack=column.removeprefix("norm."))
-        subset = f" ({int(own['n'].min())} images)" if len(own) and own["n"].min() < most else ""
-        parts.append(f"{name}{subset} {evidence.with_interval(*found[column][1:], digits=4, sign=True)}")
-    if not parts:
-        return "not measured"
-    clash = [found[column] for column in ("norm.cw", "norm.fmn_l2") if column in found]
-    opposed = any(one.ci_low > 0 for one in clash) and any(one.ci_high < 0 for one in clash)
-    note = "; CW and FMN contradict each other, so that only the smallest norm found counts" if opposed else ""
-    return f"{', '.join(parts)} pixel units{note}"
-
-
-def _unconverged(searches: pd.DataFrame) -> str:
-    """Return which searches of cross-entropy and of the published weight miss images that another attack fells."""
-    kept = usable_models(searches) if len(searches) else searches
-    parts = []
-    for column, name in _NORMS.items():
-        for rows, loss in ((select(kept, loss=BASELINE), "cross-entropy"), (_setting(kept), "DR-softmax")):
-            own = select(rows, attack=column.removeprefix("norm."))
-            if len(own) and is_unconverged(own):
-                parts.append(f"{name} on {loss} ({evidence.number(100 * missed_share(own), 1)} % of the images)")
-    if not parts:
-        return ""
-    return f"not converged, an attack at a fixed radius fells images that it says need more: {', '.join(parts)}"
-
-
-def _robustness_claim(group: Group) -> Finding:
-    rows = _setting(group.differences)
-    if select(group.models, loss=BASELINE).empty:
-        return Finding(Decision(INCONCLUSIVE, "no usable model with cross-entropy"))
-    if _setting(group.models).empty:
-        return Finding(Decision(INCONCLUSIVE, f"no usable model with DR-softmax at weight {PRIMARY_WEIGHT:g}"))
-    if rows.empty:
-        return Finding(Decision(INCONCLUSIVE, "no seed in common with cross-entropy"))
-    found = {
-        str(row["attack"]): Difference(
-            int(row["n_pairs"]), *(float(row[name]) for name in ("difference", "ci_low", "ci_high"))
-        )
-        for row in rows.to_dict("records")
-    }
-    decision = decide_robustness(found, strong_suite=group.strong_suite)
-
-    def gain(attack: str) -> str:
-        if attack not in found:
-            return f"{NAMES[attack]} not measured"
-        return f"{NAMES[attack]} {evidence.with_interval(*found[attack][1:], digits=1, scale=100, sign=True)}"
-
-    shown = found.get(DECISIVE_WORST if group.strong_suite else DECISIVE_WEAK)
-    n = shown.n if shown else max(difference.n for difference in found.values())
-    listed = ", ".join(gain(attack) for attack in (*WEAK_ATTACKS, *WORST_CASES, "cw@mean", "clean"))
-    where = "; worst cases at the decisive epsilons, the other attacks at all of theirs" if group.strong_suite else ""
-    details = (
-        f"change in points of accuracy over {pairs_of_seeds(n)}: {listed}{where}",
-        f"change in the median minimal norm: {_norms(found, group.norms)}",
-        _unconverged(group.norms),
-    )
-    return Finding(decision, *(shown[1:] if shown else (_NAN, _NAN, _NAN)), n, details)
-
-
 def _time_claim(group: Group) -> Finding:
-    rows = select(_setting(group.timing), baseline=BASELINE)
+    rows = select(published_setting(group.timing), baseline=BASELINE)
     missing = [column for column in _TIMING if column not in rows]
     if missing and not rows.empty:
         return Finding(Decision(INCONCLUSIVE, f"the timing table lacks {', '.join(missing)}"))
@@ -265,38 +193,9 @@ def _clean_claim(group: Group) -> Finding:
     return Finding(decide_clean(models, settings), models.coefficient, models.ci_low, models.ci_high, models.n, details)
 
 
-def _masking_claim(group: Group) -> Finding:
-    left = survival(paired_gains(group.worst_case, PRIMARY_LOSS, PRIMARY_WEIGHT))
-    sanity = usable_models(group.sanity)
-    own = select(sanity, loss=PRIMARY_LOSS, loss_weight=PRIMARY_WEIGHT)
-    baseline = select(sanity, loss=BASELINE)
-    decision = decide_masking(left, masked_checks(own, baseline), strong_suite=group.strong_suite)
-    if not group.strong_suite or not left.pgd.n:
-        return Finding(decision, n=left.pgd.n)
-    gains = [
-        f"{name} {evidence.with_interval(*gain[1:], digits=1, scale=100, sign=True)}"
-        for name, gain in (("PGD", left.pgd), ("worst case Linf", left.worst))
-    ]
-    n = group.worst_case.loc[group.worst_case["norm"] == "linf", "n"].min()
-    failing = [
-        f"{check} {evidence.number(100 * share, 0)} %"
-        for check in MASKING_CHECKS
-        if (share := failing_share(own, check)) > 0
-    ]
-    unbounded = math.isnan(left.ci_low)
-    details = (
-        f"gain over cross-entropy in points on the same {int(n)} images over {left.pgd.n} pairs: {', '.join(gains)}",
-        "the share has no bounded interval, because the gain under PGD cannot be told from 0" if unbounded else "",
-        f"masking checks that its models fail: {', '.join(failing) or 'none'}",
-    )
-    return Finding(decision, left.share, left.ci_low, left.ci_high, left.pgd.n, details)
-
-
-# Claim -> what one group says about it.
+# Claim -> what one group says about it; C2 and C5 are in drs.gain_findings.
 CLAIMS: dict[str, Callable[[Group], Finding]] = {
     "C1": _correlation_claim,
-    "C2": _robustness_claim,
     "C3": _time_claim,
     "C4": _clean_claim,
-    "C5": _masking_claim,
 }

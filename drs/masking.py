@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
+from drs.image_outcomes import DECISIVE_PGD, GroupOutcomes
 from drs.paired import BASELINE, mean_interval
 from drs.selection import usable_models
+from drs.two_way import crossed_interval, crossed_ratio_interval
 
 MASKING_CHECKS = (
     "objective_gap", "logit_shift_and_scale", "zero_gradient", "square_not_stronger", "transfer_not_stronger",
@@ -27,7 +29,7 @@ _ROUNDING = 1e-12  # of a mean of shares that is 0
 
 
 class Gain(NamedTuple):
-    """A mean difference to cross-entropy over ``n`` pairs of seeds, with its 95 % t interval (shares of samples)."""
+    """A mean difference to cross-entropy over ``n`` pairs of seeds, with its 95 % interval (shares of samples)."""
 
     n: int
     difference: float
@@ -102,7 +104,7 @@ def _gain(values: pd.Series) -> Gain:
 
 
 def survival(gains: pd.DataFrame) -> Survival:
-    """Return how much of the PGD gain is left under the worst case, from ``paired_gains``.
+    """Return how much of the PGD gain is left under the worst case, from ``paired_gains``; intervals are over seeds.
 
     Where the mean under PGD is no gain there is nothing of which a share could be left, and the share is NaN.
     """
@@ -112,6 +114,24 @@ def survival(gains: pd.DataFrame) -> Survival:
         return Survival(pgd, worst, math.nan, math.nan, math.nan)
     low, high = fieller_interval(complete["worst"].to_numpy(), complete["pgd"].to_numpy())
     return Survival(pgd, worst, worst.difference / pgd.difference, low, high)
+
+
+def crossed_survival(outcomes: GroupOutcomes, loss: str, weight: float) -> tuple[Survival, int]:
+    """Return what ``survival`` does with intervals over seeds and images, in Linf, and how many images there were.
+
+    The intervals of gains are ``drs.two_way.crossed_interval``, that of the share ``crossed_ratio_interval``. Without
+    outcomes of pairs n is 0 and all else NaN.
+    """
+    pgd, worst = (outcomes.difference(name, loss, weight, BASELINE) for name in (DECISIVE_PGD, "worst_linf@mean"))
+    if pgd.shape != worst.shape or not pgd.size:
+        nothing = Gain(0, math.nan, math.nan, math.nan)
+        return Survival(nothing, nothing, math.nan, math.nan, math.nan), 0
+    gains = [Gain(len(layout), float(layout.mean()), *crossed_interval(layout)) for layout in (pgd, worst)]
+    share = low = high = math.nan
+    if gains[0].difference > _ROUNDING:
+        share = gains[1].difference / gains[0].difference
+        low, high = crossed_ratio_interval(worst, pgd)
+    return Survival(gains[0], gains[1], share, low, high), pgd.shape[1]
 
 
 def failing_share(sanity: pd.DataFrame, check: str) -> float:

@@ -15,6 +15,7 @@ from drs.attack_config import NORMS, AttackConfig
 from drs.attacks import is_bounded
 from drs.cells import CLEAN, Cell, standing_at
 from drs.config import TrainConfig, loss_label, loss_weight
+from drs.image_outcomes import COMPARED, DECISIVE_PGD, outcome_rows
 from drs.minimal_norms import median_norm, smallest_name, smallest_outcome
 from drs.statistics import STATISTICS, softmax_statistics
 from drs.suite_config import UNBOUNDED, Epsilon, SuiteConfig, decisive_epsilons, decisive_samples, suite_epsilons
@@ -33,11 +34,13 @@ class ModelReading:
         row: Its row of models.csv.
         accuracy: Rows of accuracy.csv.
         worst: Rows of worst_case.csv, one per norm and decisive epsilon.
+        outcomes: Rows of image_outcomes.csv.
     """
 
     row: dict[str, Any]
     accuracy: list[dict[str, Any]]
     worst: list[dict[str, Any]]
+    outcomes: list[dict[str, Any]]
 
 
 def describe(run_id: str, config: TrainConfig) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def read_model(
     rows = [_accuracy_row(CLEAN, "linf", Epsilon(0.0, "0"), correct, correct)]
     norms: dict[str, float] = {}
     standing: dict[tuple[str, Epsilon], dict[str, np.ndarray]] = defaultdict(dict)
+    by_attack: dict[str, list[np.ndarray]] = defaultdict(list)
     for cell in planned[1:]:
         if not isinstance(cell.config, AttackConfig):
             continue
@@ -84,6 +88,7 @@ def read_model(
                 rows.append(_accuracy_row(cell.attack, norm, epsilon, stands, correct, cumulative=bool(cell.after)))
             if math.isfinite(epsilon.value):
                 standing[norm, epsilon][cell.attack] = stands
+                by_attack[f"{cell.attack}@mean"].append(stands)
     worst = []
     for norm in NORMS:
         smallest = smallest_outcome(planned, arrays, norm)
@@ -96,12 +101,17 @@ def read_model(
             n = _shared(found_standing, decisive_samples(suite, data), strong=suite.strong)
             least = worst_case(list(found_standing.values()), n)
             rows.append(_accuracy_row(f"worst_{norm}", norm, epsilon, least, correct))
-            pgd = float(found_standing["pgd"][:n].mean()) if "pgd" in found_standing else math.nan
+            by_attack[f"worst_{norm}@mean"].append(least)
+            pgd = math.nan
+            if "pgd" in found_standing:
+                pgd = float(found_standing["pgd"][:n].mean())
+                by_attack[DECISIVE_PGD].append(found_standing["pgd"][:n])  # PGD is in Linf
             worst.append({
                 "norm": norm, "epsilon": epsilon.value, "epsilon_label": epsilon.label, "n": n,
                 "clean": float(correct[:n].mean()), "pgd": pgd, "worst": float(least.mean()),
             })  # fmt: skip
-    return ModelReading(_model_row(named, clean, correct, rows, norms), rows, worst)
+    compared = {name: by_attack[name] for name in (*COMPARED, DECISIVE_PGD) if name in by_attack}
+    return ModelReading(_model_row(named, clean, correct, rows, norms), rows, worst, outcome_rows(compared))
 
 
 def _shared(standing: dict[str, np.ndarray], wanted: int, *, strong: bool) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables
 from drs.report_text import effect_text
 from drs.selection import best_weight
+from drs.shown_intervals import shown_gains
 from drs.verdicts import INCONCLUSIVE, PRIMARY_LOSS, PRIMARY_WEIGHT
 
 README_STUDY = "desktop"
 """The study of results/reference that README.md is filled from."""
+PAIRS_STUDY = "pairs"
+"""The study beside it of cross-entropy and the published weight alone, on more images."""
 BENCH = PROJECT_ROOT / "results" / "bench" / "bench.csv"
 OVERALL = "all"
 PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
@@ -47,12 +51,39 @@ def claims_block(study_dir: Path) -> str:
         for _, row in claims[(claims["claim"] == name) & (claims["data"] != OVERALL)].iterrows():
             where = group_name(str(row["data"]), str(row["model"]))
             told = f"{where}: {row['verdict']}; {effect_text(row)}, n = {int(row['n'])}"
-            # The number that is too small can be that of the settings or of the images: the evidence begins with what.
-            why = re.split("[.;] ", str(row["evidence"]))[0] if row["verdict"] == INCONCLUSIVE else ""
-            here.append("; ".join(filter(None, [told, escape(why[:1].lower() + why[1:])])))
+            here.append("; ".join(filter(None, [told, _why_open(row)])))
         links = ", ".join(_section_link(study_dir, title) for title in EVIDENCE[name])
         rows.append([f"{name}. {escape(overall['statement'])}", PAPER[name], "<br>".join(here), links])
     return table(["claim", "paper", "here", "evidence"], rows, align="l")
+
+
+def _why_open(claim: pd.Series) -> str:
+    """Return why a group is inconclusive; nothing where it is not.
+
+    The number that is too small can be that of the settings or of the images: the evidence begins with what.
+    """
+    why = re.split("[.;] ", str(claim["evidence"]))[0] if claim["verdict"] == INCONCLUSIVE else ""
+    return escape(why[:1].lower() + why[1:])
+
+
+def pairs_block(study_dir: Path) -> str | None:
+    """Return what C2 and C5 come to in the study of the same pairs on more images, or None where it is not there.
+
+    Args:
+        study_dir: A study beside it.
+    """
+    folder = study_dir.parent / PAIRS_STUDY
+    if not (folder / "tables" / "claims.csv").is_file():
+        return None
+    claims = read_tables(folder)["claims"]
+    rows = []
+    for (data, model), group in claims[claims["data"] != OVERALL].groupby(["data", "model"], sort=False):
+        both = [group[group["claim"] == name].iloc[0] for name in ("C2", "C5")]
+        cells = ["<br>".join(filter(None, [f"{row['verdict']}; {effect_text(row)}", _why_open(row)])) for row in both]
+        rows.append([group_name(str(data), str(model)), *cells, whole(both[0]["n"]), whole(both[0]["n_images"])])
+    headers = ["", "C2: gain in the worst case", "C5: share of the gain under PGD that is left", "seeds", "images"]
+    links = ", ".join(_section_link(folder, title) for title in (EVIDENCE["C2"][0], EVIDENCE["C5"][0]))
+    return f"{table(headers, rows, align='lllrr')}\n\nEvidence: {links}."
 
 
 def _section_link(study_dir: Path, title: str) -> str:
@@ -127,7 +158,7 @@ def survival_block(study_dir: Path) -> str:
     Of DR-softmax two weights: the published one and the best one (``best_weight``). The report has all of them.
     """
     tables = read_tables(study_dir)
-    summary, worst = tables["comparators"], included(tables["worst_case"])
+    summary, worst = shown_gains(tables["comparators"]), included(tables["worst_case"])
     rows = []
     for (data, model), group in summary.groupby(["data", "model"], sort=False):
         mine = worst[(worst["data"] == data) & (worst["model"] == model) & (worst["norm"] == "linf")]
@@ -168,7 +199,8 @@ def _step(timing: pd.DataFrame, loss: str) -> str:
 def questions_block(study_dir: Path) -> str:
     """Return what was measured here on questions that the paper leaves open."""
     carried, combined = [], []
-    for (data, model), group in read_tables(study_dir)["comparators"].groupby(["data", "model"], sort=False):
+    summary = shown_gains(read_tables(study_dir)["comparators"])
+    for (data, model), group in summary.groupby(["data", "model"], sort=False):
         where = group_name(str(data), str(model))
         mark = f" {MARK}" if has_failed(of_setting(group, (PRIMARY_LOSS, PRIMARY_WEIGHT))).any() else ""
         for _, row in of_setting(group, (PRIMARY_LOSS, PRIMARY_WEIGHT)).iterrows():
@@ -241,21 +273,28 @@ BLOCKS = {
     "survival": survival_block,
     "questions": questions_block,
 }
+BESIDE = {"pairs": pairs_block}
+"""Blocks about another study than that which README.md is filled from."""
 
 
 def fill(text: str, study_dir: Path) -> str:
     """Return ``text`` with what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` made from the study's tables.
 
+    A block that there is nothing to make of stays as it is.
+
     Raises:
         UserError: If a pair of markers is missing.
     """
-    for name, make in BLOCKS.items():
+    blocks: dict[str, Callable[[Path], str | None]] = {**BLOCKS, **BESIDE}
+    for name, make in blocks.items():
         pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         if len(pattern.findall(text)) != 1:
             raise UserError(f"README.md: the markers <!-- {name} --> and <!-- /{name} --> must stand there once")
-        # A function, because a backslash in a replacement string would be read as an escape.
-        replacement = f"<!-- {name} -->\n{make(study_dir)}\n<!-- /{name} -->"
-        text = pattern.sub(partial(_constant, replacement), text)
+        made = make(study_dir)
+        if made is not None:
+            replacement = f"<!-- {name} -->\n{made}\n<!-- /{name} -->"
+            # A function, because a backslash in a replacement string would be read as an escape.
+            text = pattern.sub(partial(_constant, replacement), text)
     return text
 
 

@@ -38,6 +38,7 @@ class Reduction:
         row: Of models.csv, without what comes from its training.
         accuracy: Of accuracy.csv.
         worst: Of worst_case.csv.
+        outcomes: Of image_outcomes.csv.
         sanity: Of sanity.csv.
         landing: Of landing.csv.
         samples: Of sample_correlations.csv.
@@ -49,6 +50,7 @@ class Reduction:
     row: dict[str, Any]
     accuracy: list[dict[str, Any]]
     worst: list[dict[str, Any]]
+    outcomes: list[dict[str, Any]]
     sanity: list[dict[str, Any]]
     landing: list[dict[str, Any]]
     samples: list[dict[str, Any]]
@@ -170,7 +172,8 @@ def _reduce(run: RunFolder, planned: list[Cell], suite: SuiteConfig) -> Reductio
     norms = norm_rows(planned, arrays, suite)
     abouts = {path.name: json.loads(str(found["about"])) for path, found in arrays.items()}
     judged = sanity_rows(planned, arrays)
-    return Reduction(reading.row, reading.accuracy, reading.worst, judged, landing, samples, norms, matrices, abouts)
+    read = reading.row, reading.accuracy, reading.worst, reading.outcomes
+    return Reduction(*read, judged, landing, samples, norms, matrices, abouts)
 
 
 def _has_matrices(cell: Cell, suite: SuiteConfig) -> bool:

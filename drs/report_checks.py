@@ -18,6 +18,7 @@ from drs.figure_style import (
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table, whole
 from drs.sanity_checks import CHECKS
+from drs.shown_intervals import kind_of_interval, shown_gains
 
 TOO_FEW = "‡"  # after a figure that is one image, above the threshold
 
@@ -99,11 +100,12 @@ def masking_section(comparators: pd.DataFrame) -> str:
     sections = [
         "Gain over cross-entropy at the same seed, in percentage points, on the same images and at the decisive "
         "epsilons: under the PGD of the `paper` suite, under the worst case per sample of all attacks, and the share "
-        "of the first that is left in the second. Means over pairs with 95 % t intervals; the share with Fieller's. A "
-        "share without an interval is unbounded: the gain under PGD cannot be told from 0 with these seeds, or there "
-        "is one pair; where PGD shows no gain there is no share. Claim C5 is decided on the row of the published "
-        "weight."
+        f"of the first that is left in the second. Means over pairs with {kind_of_interval(comparators)}; the share "
+        "with Fieller's of that kind. A share without an interval is unbounded: the gain under PGD cannot be told from "
+        "0, or there is one pair; where PGD shows no gain there is no share. Claim C5 is decided on the row of the "
+        "published weight. Intervals over seeds alone are in tables/comparators.csv."
     ]
+    comparators = shown_gains(comparators)
     for data, model in groups(comparators):
         group = of_group(comparators, data, model)
         rows = []

@@ -36,6 +36,7 @@ from drs.markdown import (
 )
 from drs.paired import BASELINE
 from drs.report_images import INTERVALS, MEDIANS, ImageCounts
+from drs.shown_intervals import counts_images, kind_of_interval, shown_differences
 from drs.verdicts import PRIMARY_STATISTIC
 
 
@@ -112,12 +113,14 @@ def differences_section(differences: pd.DataFrame, accuracy: pd.DataFrame) -> st
     short = differences[~differences["attack"].astype(str).str.contains(r"@(?!mean$)", regex=True)]
     if short.empty:
         return "No pair of models shares a seed with cross-entropy, so there is no paired difference."
+    alone = ", but of clean accuracy and norms over seeds alone" if counts_images(short) else ""
+    short = shown_differences(short)
     sections = [
-        "Difference to cross-entropy at the same seed, mean and 95 % t interval over n pairs: percentage points of "
-        "accuracy, pixel units for a median minimal norm. A loss under adversarial training is compared with that as "
-        "well. The intervals are over seeds, and there is none where all seeds differ by the same; an attack that saw "
-        f"fewer images than the worst case has their number n beside it. {MEDIANS} Single epsilons are in "
-        "tables/paired_differences.csv."
+        "Difference to cross-entropy at the same seed, mean over n pairs: percentage points of accuracy, pixel units "
+        "for a median minimal norm. A loss under adversarial training is compared with that as well. In brackets are "
+        f"{kind_of_interval(short)}{alone}; there is none where all seeds differ by the same. An attack that saw fewer "
+        f"images than the worst case has their number n beside it. {MEDIANS} Single epsilons, and all intervals over "
+        "seeds alone, are in tables/paired_differences.csv."
     ]
     for data, model in groups(short):
         group = of_group(short, data, model)

@@ -23,6 +23,7 @@ from drs.figure_style import (
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, significant, table, whole
 from drs.marks import MARK
+from drs.shown_intervals import counts_images
 
 MOST_RUNS = 50
 """How many single runs a list in the report has at most."""
@@ -157,6 +158,7 @@ def _who(row: Any) -> list[str]:
 def limits_section(tables: Tables, strong_suite: bool) -> str:
     """Return what the size of this study does not allow to say, computed from its tables."""
     models = tables["models"]
+    both = "seeds and images" if counts_images(tables["paired_differences"]) else "the seeds"
     lines = []
     for data, model in groups(models):
         group = included(of_group(models, data, model))
@@ -172,7 +174,7 @@ def limits_section(tables: Tables, strong_suite: bool) -> str:
         lines.append(
             f"- {group_name(data, model)}: {count(len(group), 'model')}, {span(seeds)} seeds per loss and weight. At "
             f"worst, near 50 %, the images alone leave a single robust accuracy uncertain by {'; '.join(bounds)} "
-            "(Wilson 95 %). The interval of a difference between losses comes from the seeds; few of them make it wide."
+            f"(Wilson 95 %). The interval of a difference between losses comes from {both}; few seeds make it wide."
         )
     lines.append(
         "- Correlations are over models that differ mostly in one weight: they show that two things move together "

@@ -136,10 +136,10 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEva
         print("timing training steps of each loss and procedure against cross-entropy's", flush=True)
     tables["timing"] = update_timing(trained, known, device, measure=config.timing)
     print("correlations over models, and the claims", flush=True)
-    models = tables["models"]
+    models, outcomes = tables["models"], tables["image_outcomes"]
     tables |= _coefficients(models, workers)
-    tables["paired_differences"] = paired_difference_table(models)
-    tables["comparators"] = comparator_table(models, tables["accuracy"], tables["worst_case"])
+    tables["paired_differences"] = paired_difference_table(models, outcomes)
+    tables["comparators"] = comparator_table(models, tables["accuracy"], tables["worst_case"], outcomes)
     tables["claims"] = decide_claims(
         models,
         tables["correlations"],
@@ -149,6 +149,7 @@ def write_study(evaluation: StudyEvaluation, config: EvaluateConfig) -> StudyEva
         worst_case=tables["worst_case"],
         sanity=tables["sanity"],
         minimal_norms=tables["minimal_norms"],
+        outcomes=outcomes,
     )
     write_tables(study, tables)
     train_seconds = busy_seconds(training_times(study))

@@ -47,6 +47,7 @@ def build_tables(
     """
     abouts: dict[Path, dict[str, Any]] = {}
     models, accuracy, worst, sanity, landing, samples, norms, training = [], [], [], [], [], [], [], []
+    outcomes: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     matrices: dict[tuple[Any, ...], list[np.ndarray]] = defaultdict(list)
     named_runs = [(describe(run.run_id, planned[0].train), run, planned) for run, planned in by_run(cells)]
@@ -66,6 +67,7 @@ def build_tables(
             models.append({**reduced.row, **train_seconds, **seen, **procedure, **failed, **state})
             accuracy += [{**named, **item, **state} for item in reduced.accuracy]
             worst += [{**named, **procedure, **item, **state, **failed} for item in reduced.worst]
+            outcomes += [{**named, **item, **state} for item in reduced.outcomes]
             sanity += [{**named, **item, **state} for item in reduced.sanity]
             landing += [{**named, **item, **state} for item in reduced.landing]
             samples += [{**named, **item, **state} for item in reduced.samples]
@@ -78,6 +80,7 @@ def build_tables(
         "models": _ordered(pd.DataFrame(models)),
         "accuracy": _ordered(pd.DataFrame(accuracy)),
         "worst_case": _ordered(pd.DataFrame(worst, columns=WORST_COLUMNS)),
+        "image_outcomes": _ordered(pd.DataFrame(outcomes, columns=OUTCOME_COLUMNS)),
         "sanity": _ordered(pd.DataFrame(sanity, columns=SANITY_COLUMNS)),
         "sample_correlations": _ordered(pd.DataFrame(samples, columns=None if samples else SAMPLE_COLUMNS)),
         "minimal_norms": _ordered(pd.DataFrame(norms, columns=NORM_COLUMNS)),
@@ -95,6 +98,7 @@ WORST_COLUMNS = [
     *_NAMES, "procedure", "norm", "epsilon", "epsilon_label", "n", "clean", "pgd", "worst", "excluded",
     "failed_checks",
 ]  # fmt: skip
+OUTCOME_COLUMNS = [*_NAMES, "attack", "n", "n_epsilons", "standing", "excluded"]
 SANITY_COLUMNS = [
     *_NAMES, "check", "figure", "threshold", "allowed", "passed", "n", "epsilon_label", "detail", "excluded",
 ]  # fmt: skip

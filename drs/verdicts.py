@@ -88,8 +88,8 @@ is why C1 and C4 also ask the settings.
     direction.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
 - **C2. {STATEMENTS["C2"]}** Difference in robust accuracy between DR-softmax at weight {PRIMARY_WEIGHT:g} (the
-  authors' first published value) and cross-entropy, paired by seed. An attack passes if the t interval lies above 0,
-  from at least {MIN_PAIRS} pairs.
+  authors' first published value) and cross-entropy, paired by seed. An attack passes if the interval over seeds and
+  images, which holds for other seeds and other images, lies above 0, from at least {MIN_PAIRS} pairs.
   - *{SUPPORTED}*: weak attacks and worst cases pass, and the strong attacks were run.
   - *{WEAK_ONLY}*: otherwise, if the weak attacks pass.
   - *{NOT_SUPPORTED}*: neither set passes, and the interval for PGD ends below {100 * MEANINGFUL_GAIN:g} points.
@@ -106,9 +106,9 @@ is why C1 and C4 also ask the settings.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
 - **C5. {STATEMENTS["C5"]}** DR-softmax at weight {PRIMARY_WEIGHT:g} and cross-entropy paired by seed, on the decisive
   samples and epsilons in Linf: the gain under PGD, the gain under the worst case, and the share of the first that is
-  left in the second, with Fieller's interval over the seeds. A masking check is one that an honest model should pass
-  ({", ".join(MASKING_CHECKS)}); it counts where most of the DR-softmax models fail it and most of the cross-entropy
-  models do not.
+  left in the second, with intervals over seeds and images, Fieller's for the share. A masking check is one that an
+  honest model should pass ({", ".join(MASKING_CHECKS)}); it counts where most of the DR-softmax models fail it and most
+  of the cross-entropy models do not.
   - *{NOT_SUPPORTED}*: a gain under PGD is shown (its interval lies above 0), and a masking check counts, or the share's
     interval ends below {SURVIVING_SHARE:g}, or the interval of the gain under the worst case ends below
     {SURVIVING_SHARE:g} times the gain under PGD.
@@ -116,6 +116,10 @@ is why C1 and C4 also ask the settings.
     lies above {SURVIVING_SHARE:g}.
   - *{INCONCLUSIVE}*: everything else, no gain under PGD shown (there is nothing to explain), fewer than {MIN_PAIRS}
     pairs, or the strong attacks not run.
+
+Intervals of C2 and C5 were over seeds alone when the study was first run; they were widened to count images
+afterwards, which makes every check of an interval harder to pass and none easier. Seeds and images are crossed: the
+interval is that of the mean of a two-way layout with both drawn at random, and contains the one over seeds.
 
 Over all groups the verdict is the least favourable that any group came to, from *{SUPPORTED}* over *{WEAK_ONLY}* to
 *{NOT_SUPPORTED}*; inconclusive groups have no say unless all are. The effect is the groups' coefficients averaged with
@@ -155,7 +159,7 @@ class Reading:
 
 
 class Difference(NamedTuple):
-    """A paired difference with its interval over ``n`` seeds."""
+    """A paired difference over ``n`` seeds with its interval: over seeds and images, of a norm over seeds alone."""
 
     n: int
     difference: float

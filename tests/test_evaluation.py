@@ -27,9 +27,9 @@ from drs.tables import busy_seconds
 from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, WEAK_ONLY
 
 TABLES = [
-    "accuracy", "claims", "comparators", "correlations", "failures", "granulated", "landing", "landing_matrices",
-    "minimal_norms", "models", "paired_differences", "partial_correlations", "sample_correlations", "sanity",
-    "softmax_profile", "timing", "training", "worst_case",
+    "accuracy", "claims", "comparators", "correlations", "failures", "granulated", "image_outcomes", "landing",
+    "landing_matrices", "minimal_norms", "models", "paired_differences", "partial_correlations", "sample_correlations",
+    "sanity", "softmax_profile", "timing", "training", "worst_case",
 ]  # fmt: skip
 
 

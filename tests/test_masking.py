@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from outcomes import outcomes_of, outcomes_of_worst_case
 
 from drs.claims import decide_claims
 from drs.comparators import comparator_table
@@ -155,13 +156,59 @@ def test_claims_table_decides_masking_from_the_tables(
     checks = sanity("logit_shift_and_scale", [check] * 4, ["pass"] * 4)
     nothing = pd.DataFrame()
     claims = decide_claims(
-        models, correlation_table(models), nothing, nothing, strong_suite=True, worst_case=table, sanity=checks
-    )
+        models, correlation_table(models), nothing, nothing, strong_suite=True, worst_case=table, sanity=checks,
+        outcomes=outcomes_of_worst_case(table),
+    )  # fmt: skip
     (row,) = claims[(claims["claim"] == "C5") & (claims["data"] == "mnist")].to_dict("records")
     assert row["verdict"] == verdict
     assert row["n"] == 4
     assert row["effect"] == pytest.approx(np.mean(worst) / np.mean(pgd))
-    assert "same 100 images" in row["evidence"]
+    assert "same 3 images" in row["evidence"] and row["n_images"] == 3
+
+
+@pytest.mark.parametrize(("images", "verdict"), [(0.0, SUPPORTED), (0.39, INCONCLUSIVE)], ids=["alike", "that differ"])
+def test_images_that_differ_leave_a_share_unsettled(images: float, verdict: str) -> None:
+    """PGD gains 20 points on 100 images, the worst case 16; where it keeps much on some images, it loses on others."""
+    rng = np.random.default_rng(0)
+    levels = (np.arange(400)[:, None] + 0.5) / 400
+    of_image = np.where(np.arange(100) % 2, images, -images)
+    noise = rng.normal(0, 0.005, (6, 1))
+    shares = {"pgd@decisive": 0.2 + noise + np.zeros(100), "worst_linf@mean": 0.16 + noise + of_image}
+    even, tables, means = np.full((6, 100), 0.4), [], {}
+    for attack, gain in shares.items():
+        standing = {("ce", 0.0): levels < even[:, None], ("dr_softmax", 0.005): levels < (even + gain)[:, None]}
+        tables.append(outcomes_of(standing, attack))
+        means[attack] = (
+            standing["dr_softmax", 0.005].mean(axis=(1, 2)) - standing["ce", 0.0].mean(axis=(1, 2))
+        ).tolist()
+    table = worst_case(*means.values())
+    models = table[[*NAMES, "procedure", "excluded"]].assign(clean_accuracy=0.99)
+    outcomes, nothing = pd.concat(tables), pd.DataFrame()
+    claims = decide_claims(
+        models, nothing, nothing, nothing, strong_suite=True, worst_case=table, outcomes=outcomes
+    ).set_index(["claim", "data"])  # fmt: skip
+    row = claims.loc[("C5", "mnist")]
+    assert row["verdict"] == verdict
+    assert (row["n"], row["n_images"]) == (6, 100)
+    alone = survival(paired_gains(table, "dr_softmax", 0.005))
+    assert row["effect"] == pytest.approx(alone.share)
+    assert alone.ci_low > 0.5 and alone.worst.ci_low > 0, "over seeds alone C5 is supported"
+    assert ("over seeds alone it is 0.80 [0.80, 0.80]" in row["evidence"]) == bool(images)
+    accuracy = table[[*NAMES, "norm", "epsilon", "excluded"]].assign(attack="pgd", robust_accuracy=table["pgd"])
+    timed = models.assign(train_seconds=1.0, images_seen=100)
+    compared = comparator_table(timed, accuracy, table, outcomes).set_index("loss").loc["dr_softmax"]
+    assert compared[["share_low", "share_high"]].tolist() == [alone.ci_low, alone.ci_high]
+    assert compared[["share_crossed_low", "share_crossed_high"]].tolist() == row[["ci_low", "ci_high"]].tolist()
+    assert (compared["gain_worst_crossed_low"] < compared["gain_worst_low"] - 0.01) == bool(images)
+
+
+def test_masking_without_outcomes_of_images_is_open() -> None:
+    table = worst_case([0.2, 0.22, 0.21], [0.19, 0.21, 0.21])
+    models = table[[*NAMES, "procedure", "excluded"]].assign(clean_accuracy=0.99)
+    claims = decide_claims(models, *[pd.DataFrame()] * 3, strong_suite=True, worst_case=table)
+    (row,) = claims[(claims["claim"] == "C5") & (claims["data"] == "mnist")].to_dict("records")
+    assert row["verdict"] == INCONCLUSIVE and row["n"] == 3
+    assert "no outcomes of single images" in row["evidence"]
 
 
 def test_comparator_table_has_a_row_per_setting_with_its_survival() -> None:

@@ -41,6 +41,28 @@ def test_an_inconclusive_group_says_what_it_lacks(tmp_path: Path) -> None:
         assert unclear == clear.replace("not supported", "inconclusive (n too small)") + "; 2 pairs of seeds"
 
 
+def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: Path) -> None:
+    tables = study_tables()
+    write_study(tmp_path / "one", tables)
+    assert readme.pairs_block(tmp_path / "one") is None
+    text = "".join(f"<!-- {name} -->\nby hand\n<!-- /{name} -->\n" for name in (*readme.BLOCKS, *readme.BESIDE))
+    before = fill(text, tmp_path / "one")
+    assert "<!-- pairs -->\nby hand\n<!-- /pairs -->" in before and before.count("by hand") == 1
+    claims = tables["claims"].assign(n_images=np.where(tables["claims"]["claim"] == "C2", 500.0, np.nan))
+    open_one = (claims["claim"] == "C5") & (claims["data"] == "mnist")
+    claims.loc[open_one, ["verdict", "evidence"]] = "inconclusive (n too small)", "No gain under PGD is shown. More."
+    claims.loc[claims["claim"] == "C2", "n"] = 8
+    write_study(tmp_path / "pairs", tables | {"claims": claims})
+    after = fill(text, tmp_path / "one")
+    assert "by hand" not in after
+    lines = str(readme.pairs_block(tmp_path / "one")).splitlines()
+    assert lines[2] == (
+        "| mnist/lenet | not supported; +4.2 [−1.2, +12.3] points | inconclusive (n too small); share = 0.04 "
+        "[−0.01, 0.12]<br>no gain under PGD is shown | 8 | 500 |"
+    )
+    assert len(lines) == 6 and "results/reference/pairs/REPORT.md#differences-to-cross-entropy" in lines[-1]
+
+
 def test_a_study_of_ones_own_is_listed_alone_and_the_reference_whole(tmp_path: Path) -> None:
     names = {}
     for parent in ("reference", "results"):
