@@ -24,7 +24,7 @@ from drs.batches import in_batches
 from drs.errors import UserError
 
 SAME_SUM = 0.01
-"""Row sums of outputs in [0,1] that differ by less than this share of what the outputs do are those of probabilities."""
+"""Outputs in [0,1] are probabilities where their row sums differ by less than this share of what they do themselves."""
 LEAST_ROWS = 4
 """Of fewer images, logits too may happen to have such sums."""
 
