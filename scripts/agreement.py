@@ -5,11 +5,12 @@
 
 FOLDER is a study, by default results/reference/laptop; a NAME is a folder of its models/ or its runs/, or the path of a
 model's folder, by default every published model of mnist. A row of the table is a library attack at a radius, beside an
-attack of this project or of another library on the same problem (drs/agreement.py says which); they agree where their
-robust accuracies are within one point. Rows for strength show what an attack misses of a stronger one, which it need
-not agree with. With 300 images a LeNet takes about ten minutes on a core, a few of them for square and hop_skip_jump,
-which need the optional package adversarial-robustness-toolbox and are left out where it is not installed. With --append
-the table is added to what FILE has. Exit status 1 says that some do not agree that must.
+attack of this project or of another library on the same problem (drs/agreement.py says which). They agree where their
+robust accuracies are within one point, or for hop_skip_jump the median norms within 5 %. Rows for strength show what an
+attack misses of a stronger one, which it need not agree with. With 300 images a LeNet takes about ten minutes on a
+core, a few of them for square and hop_skip_jump, which need the optional package adversarial-robustness-toolbox and are
+left out where it is not installed. With --append the table is added to what FILE has. Exit status 1 says that some do
+not agree that must.
 """
 
 import argparse
@@ -48,14 +49,16 @@ TITLE = (
 )
 NOTES = {
     "square": (
-        "square: both make 500 queries rather than the suite's 5000, and shares are means over three seeds, because "
-        "the search is random; all images of a batch get the same squares in either library."
+        "square: both make 500 queries rather than the suite's 5000, and the same draws, as all images of a batch get "
+        "the same squares in either library and the share that stands depends on them by several points; the shares "
+        "are means over three seeds."
     ),
     "hop_skip_jump": (
-        "hop_skip_jump: one image of 20 is five points, so that within one point is the same number of images; the "
-        "median norms tell more. Both get the same starts, steps, queries and threshold of the binary search, and "
-        "ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, its threshold is "
-        "0.01/d rather than 1/d² for d pixel values, and it ends off the boundary."
+        "hop_skip_jump: each library makes its own draws, and one image of 20 is five points, so that the two agree "
+        "where their median norms are within 5 %. Both get the same starts, steps, queries and threshold of the binary "
+        "search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, it "
+        "solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² for d pixel "
+        "values, and it ends off the boundary."
     ),
     "cw_torchattacks": (
         f"cw_torchattacks, sound: on images drawn to [{INSIDE:g}, {1 - INSIDE:g}], with logits raised by {SHIFT:g} and "

@@ -4,6 +4,8 @@ ART is the adversarial-robustness-toolbox, an optional package: nothing of it is
 """
 
 import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import foolbox
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 import torchattacks
 from foolbox.criteria import Misclassification
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from drs.attacks.autoattack import count_classes
@@ -28,29 +31,67 @@ FALL = 1e4
 class ArtSquare:
     """Square (Andriushchenko et al. 2020, arXiv 1912.00049) in Linf, ART's implementation, on the margin.
 
-    In ART and in torchattacks all images of a batch get the same square and sign, so that their draws hang together.
+    It makes the draws that torchattacks' makes with the same seed. In either library all images of a batch get the same
+    squares and signs, so that with other draws the share that stands differs by several points from run to run.
 
     Args:
         n_queries: Squares per sample.
         restarts: Of the search.
+        seed: Of the search; each batch starts from it.
     """
 
     name = "Square (ART)"
     norm = "linf"
     bounded = True
 
-    def __init__(self, n_queries: int, restarts: int) -> None:
+    def __init__(self, n_queries: int, restarts: int, seed: int) -> None:
         self.options = {"max_iter": n_queries, "nb_restarts": restarts, "p_init": P_INIT}
+        self.seed = seed
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
         """See ``drs.attacks.contract.Attack``."""
-        attack = importlib.import_module("art.attacks.evasion").SquareAttack(
+        module = importlib.import_module("art.attacks.evasion.square_attack")
+        attack = module.SquareAttack(
             _art_classifier(model, images), norm=np.inf, eps=epsilon, batch_size=len(images), verbose=False,
             **self.options,
         )  # fmt: skip
-        with _NumpySeed():
+        with _draws_of_torch(module, self.seed):
             moved = attack.generate(images.cpu().numpy(), labels.cpu().numpy())
         return torch.from_numpy(moved).to(images)
+
+
+class _TorchDraws:
+    """The two draws of ART's Square, made as torchattacks' Square makes them."""
+
+    def __init__(self, seed: int) -> None:
+        # ART's loaders of data draw from torch's global generator, so this is one of its own.
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def choice(self, values: Sequence[float], size: Sequence[int]) -> NDArray[np.float64]:
+        low, high = values
+        return np.where(torch.rand(*size, generator=self.generator).numpy() > 0.5, high, low)
+
+    def randint(self, low: int, high: int) -> int:
+        return low + int((high - low) * torch.rand(1, generator=self.generator))
+
+
+class _NumpyWithDraws:
+    """numpy, but for its random numbers."""
+
+    def __init__(self, random: _TorchDraws) -> None:
+        self.random = random
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+@contextmanager
+def _draws_of_torch(module: Any, seed: int) -> Iterator[None]:
+    module.np = _NumpyWithDraws(_TorchDraws(seed))
+    try:
+        yield
+    finally:
+        module.np = np
 
 
 class ArtHopSkipJump(HopSkipJump):
