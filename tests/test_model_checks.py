@@ -46,7 +46,7 @@ class Wrapped(nn.Module):
         (lambda logits: 0.1 * logits.softmax(1), r"returns probabilities.*each row sums to 0\.1\)"),
         (lambda logits: 0.8 * logits.softmax(1) + 0.05, r"returns probabilities.*each row sums to 1\)"),
         (lambda logits: 0.8 * logits.softmax(1) + 0.1, r"returns probabilities.*each row sums to 1\.2\)"),
-        (lambda logits: (4 * logits).softmax(1).clamp(2e-3, 1), "returns probabilities"),
+        (lambda logits: (30 * logits).softmax(1).clamp(2e-3, 1), "returns probabilities"),
         (lambda logits: (logits.softmax(1) * 0.9).bfloat16(), "returns probabilities"),
         (lambda logits: (logits, logits), "returns a tuple"),
         (lambda logits: logits + 5e-4 * torch.randn_like(logits), "stochastic"),
