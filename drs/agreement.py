@@ -3,48 +3,97 @@
 The same problem is the same norm, radius, images and criterion: the share of images that stand up, in %, to any
 perturbation which the attack found inside the ball. An attack on cross-entropy is compared with one on cross-entropy,
 as the margin is another objective, with other optima; a search for the smallest perturbation, with attacks on the
-margin at the radius itself. The library's attack has the settings of the strong suite, but sees all of the images.
+margin at the radius itself. The library's attack has the settings of the strong suite, but sees all of the images;
+``CHANGES`` says what is set otherwise.
 
 Two questions are apart. Whether the library's attack is run right: it must agree with the second implementation. And
 whether it is as strong as another attack: FAB is a heuristic that stops short of the smallest norms, in the
 library and as written here after the paper, so it is held to the latter, and what both miss of PGD is told beside.
+
+A random search is compared with the same search by another library. Square makes the same draws in both, over several
+seeds. HopSkipJump draws for itself and is too costly for more than some images, so that its median norms are compared,
+to within ``NORM_SHARE``; the share that stands moves by several points with each image. torchattacks' CW has defects
+(``drs.attacks.carlini_wagner``), so it is compared twice: for agreement with foolbox's at the same constant where they
+do no harm, and for strength as the suite runs it, with foolbox's that has none of them.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from drs.attack_config import SLACK, AttackConfig, FABConfig, ProjectedConfig
-from drs.attacks import build_attack, is_bounded, run_attack
+from drs.attack_config import SLACK, AttackConfig, CWConfig, FABConfig, ProjectedConfig
+from drs.attacks import Attack, build_attack, run_attack
+from drs.attacks.second_library import (
+    ArtHopSkipJump,
+    ArtSquare,
+    FoolboxCarliniWagner,
+    ShiftedLogits,
+    SoundCarliniWagner,
+)
+from drs.benchmarks.peers import INSTALL, MODULES, is_installed
 from drs.errors import UserError
-from drs.markdown import escape, fixed, table
+from drs.markdown import NONE, escape, fixed, table
 from drs.suite_config import SuiteConfig, decisive_epsilons
 
 POINTS = 1.0
 """What two implementations may differ by, in points of robust accuracy."""
+NORM_SHARE = 0.05
+"""What the median norms of two searches that see few images may differ by, as a share: one image is many points."""
 CROSS_ENTROPY = "PGD on cross-entropy"
 MARGIN = "PGD on the margin, class by class"
 MARGIN_L2 = "PGD on margin and cross-entropy"
 FAB = "FAB of this project"
-SECOND: dict[str, AttackConfig] = {
+ART_SQUARE = "Square of ART"
+ART_HOP_SKIP_JUMP = "HopSkipJump of ART"
+FIXED_CW = "CW of foolbox, same constant"
+SOUND_CW = "cw_torchattacks, sound"
+WIDE_CW = "CW of foolbox, same constant, wider pixel range"
+SECOND: dict[str, AttackConfig | Callable[[Any], Attack]] = {
     CROSS_ENTROPY: ProjectedConfig("projected", "linf", objectives=["ce"], steps=100, restarts=3),
     MARGIN: ProjectedConfig("projected", "linf", objectives=["targeted_margin"], steps=100),
     MARGIN_L2: ProjectedConfig(
         "projected", "l2", objectives=["margin", "ce"], steps=60, restarts=3, relative_step_size=0.5
     ),
     FAB: FABConfig("fab", "linf", steps=100, final_steps=0),
-}
-"""The second implementations, ours, without the libraries' code: attacks at a radius, and FAB with the steps of the
-suite's and, like the library's, without a final search. FMN shares a part with them: the starts of its searches come
-from a climb of ours."""
+    ART_SQUARE: lambda config: ArtSquare(config.n_queries, config.restarts, config.seed),
+    ART_HOP_SKIP_JUMP: lambda config: ArtHopSkipJump(
+        config.steps, config.initial_gradient_eval_steps, config.max_gradient_eval_steps
+    ),
+    SOUND_CW: lambda config: SoundCarliniWagner(config.c, config.confidence, config.steps, config.learning_rate),
+    FIXED_CW: lambda config: FoolboxCarliniWagner(config.c, config.confidence, config.steps, config.learning_rate),
+    WIDE_CW: lambda config: build_attack(
+        CWConfig(
+            "cw", "l2", binary_search_steps=1, steps=config.steps, step_sizes=[config.learning_rate],
+            confidence=config.confidence, initial_const=config.c, targets=1,
+        )
+    ),
+}  # fmt: skip
+"""The second implementations. Ours, without the libraries' code: attacks at a radius, and FAB with the steps of the
+suite's and, like the library's, without a final search; FMN shares a part with them, as the starts of its searches come
+from a climb of ours. And other libraries', made from the config of the suite's attack. ``SOUND_CW`` is that attack, to
+be run where its defects do no harm."""
 PAIRS = {
     "apgd_ce": CROSS_ENTROPY, "apgd_t": MARGIN, "fab_t": FAB, "fmn_linf": MARGIN, "fmn_l2": MARGIN_L2,
-    "cw": MARGIN_L2,
+    "cw": MARGIN_L2, "square": ART_SQUARE, "hop_skip_jump": ART_HOP_SKIP_JUMP, "cw_torchattacks": FIXED_CW,
 }  # fmt: skip
 """A library attack of the strong suite -> what must agree with it, as it solves the same problem."""
-STRONGER = {"fab_t": MARGIN}
+STRONGER = {"fab_t": MARGIN, "cw_torchattacks": WIDE_CW}
 """A library attack -> an attack of another kind that finds more, shown beside it; they need not agree."""
+NEED_ART = ("square", "hop_skip_jump")
+"""Attacks whose second implementation is in an optional package."""
+CHANGES: dict[str, dict[str, Any]] = {"square": {"n_queries": 500}}
+"""Settings of an attack that are not the suite's, because of what they cost; both implementations have them."""
+IMAGES = {"hop_skip_jump": 20}
+"""The most images for an attack that makes some 12000 queries for each."""
+SEEDS = {"square": 3}
+"""Over how many seeds a random search is averaged."""
+INSIDE = 0.01
+"""By how much pixels are drawn inside (0,1) for torchattacks' CW, which cannot move those at the ends."""
+SHIFT = 100.0
+"""By how much logits are raised for it, so that the runner-up's is not below the 0 which it reads for the label's."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +104,13 @@ class Agreement:
         model: The model's name.
         norm: ``linf`` or ``l2``.
         epsilon: The radius as the suite writes it.
-        attack: The attack's name in the suite.
+        attack: The attack's name in the suite, or ``SOUND_CW``.
         second: A key of ``SECOND``.
-        standing: What the attack leaves standing, in %.
+        standing: What the attack leaves standing, in %, for each seed.
         standing_second: What the second implementation does.
         required: Whether the two must agree; if not, the difference tells what the attack misses of a stronger one.
+        n: Images.
+        medians: For two searches for the smallest perturbation, the median norm of what each found.
     """
 
     model: str
@@ -67,19 +118,39 @@ class Agreement:
     epsilon: str
     attack: str
     second: str
-    standing: float
-    standing_second: float
+    standing: Sequence[float]
+    standing_second: Sequence[float]
     required: bool = True
+    n: int = 0
+    medians: tuple[float, float] | None = None
 
     @property
     def difference(self) -> float:
-        """Return by how many points the library's attack is the weaker one."""
-        return self.standing - self.standing_second
+        """Return by how many points the library's attack is the weaker one, on average over the seeds."""
+        return _mean(self.standing) - _mean(self.standing_second)
 
     @property
     def agrees(self) -> bool:
-        """Return whether the two differ by no more than ``POINTS``."""
+        """Return whether the two differ by no more than ``POINTS``, or their median norms by no more than a share."""
+        if self.medians:
+            return abs(self.medians[0] / self.medians[1] - 1) <= NORM_SHARE
         return abs(self.difference) <= POINTS + 1e-9
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def without_missing(attacks: Iterable[str]) -> tuple[list[str], str]:
+    """Return the attacks whose second implementation is installed, and a line on those left out, or nothing."""
+    chosen = list(attacks)
+    missing = [] if is_installed(MODULES["ART"]) else [attack for attack in chosen if attack in NEED_ART]
+    if not missing:
+        return chosen, ""
+    return (
+        [attack for attack in chosen if attack not in missing],
+        f"left out: {', '.join(missing)}; the second implementation is ART's, which is not installed; {INSTALL}",
+    )
 
 
 def compare(
@@ -93,7 +164,7 @@ def compare(
         name: The model's name.
         data: The data set's name, by which the suite has its radii.
         model: In eval mode; pixels in [0,1] in, logits out.
-        images: ``[N, C, H, W]`` float32 in [0,1].
+        images: ``[N, C, H, W]`` float32 in [0,1]; the first ``IMAGES`` of them for an attack that is named there.
         labels: ``[N]`` int64.
         suite: Where attacks, radii and the batch size come from.
         attacks: Keys of ``PAIRS``.
@@ -107,18 +178,42 @@ def compare(
             raise UserError(f"{attack}: has no second implementation here; one of {', '.join(PAIRS)} has")
         if attack not in suite.attacks:
             raise UserError(f"{attack}: the {suite.name} suite has no such attack")
-    standing = _Standing(model, images, labels, suite.batch_size)
+    as_is = _Standing(model, images, labels, suite.batch_size)
+    sound = _Standing(ShiftedLogits(model, SHIFT), INSIDE + (1 - 2 * INSIDE) * images, labels, suite.batch_size)
     for attack in chosen:
-        config = suite.attacks[attack]
+        config = replace(suite.attacks[attack], **CHANGES.get(attack, {}))
+        configs = [replace(config, seed=config.seed + seed) for seed in range(SEEDS.get(attack, 1))]
+        n = min(IMAGES.get(attack, len(images)), len(images))
         for epsilon in decisive_epsilons(suite, data, config.norm):
-            left = standing.percent(config, epsilon.value)
             for seconds, required in ((PAIRS, True), (STRONGER, False)):
-                if attack in seconds:
-                    second = seconds[attack]
-                    yield Agreement(
-                        name, config.norm, epsilon.label, attack, second, left,
-                        standing.percent(SECOND[second], epsilon.value), required,
-                    )  # fmt: skip
+                if attack not in seconds:
+                    continue
+                second = seconds[attack]
+                problem, library = (sound, SOUND_CW) if second == FIXED_CW else (as_is, attack)
+                found = [problem.after(library, one, epsilon.value, n) for one in configs]
+                found_second = [problem.after(second, one, epsilon.value, n) for one in configs]
+                medians = (found[0].median, found_second[0].median) if attack in IMAGES else None
+                yield Agreement(
+                    name, config.norm, epsilon.label, library, second, [one.percent(epsilon.value) for one in found],
+                    [one.percent(epsilon.value) for one in found_second], required, n, medians,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an attack made of N images: whether the model is still right ``[N]``, and the perturbations' norms."""
+
+    right: Tensor
+    distance: Tensor
+
+    def percent(self, epsilon: float) -> float:
+        """Return the share of images, in %, that the model still gets right within ``epsilon``."""
+        return 100 * float((self.right | (self.distance > epsilon + SLACK)).double().mean())
+
+    @property
+    def median(self) -> float:
+        """Return the median norm over the images, infinite where nothing was found."""
+        return float(self.distance.masked_fill(self.right, torch.inf).median())
 
 
 class _Standing:
@@ -126,32 +221,40 @@ class _Standing:
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> None:
         self.model, self.images, self.labels, self.batch_size = model, images, labels, batch_size
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._found: dict[str, _Found] = {}
 
-    def percent(self, config: AttackConfig, epsilon: float) -> float:
-        """Return the share of images, in %, that the model still gets right within ``epsilon``."""
-        right, distance = self._attacked(config, epsilon)
-        return 100 * float((right | (distance > epsilon + SLACK)).double().mean())
-
-    def _attacked(self, config: AttackConfig, epsilon: float) -> tuple[Tensor, Tensor]:
+    def after(self, name: str, config: AttackConfig, epsilon: float, n: int) -> _Found:
+        """Attack the first ``n`` images by a key of ``SECOND``, made from the library's config, or by the library."""
+        made = SECOND.get(name, config)
+        attack = build_attack(made) if isinstance(made, AttackConfig) else made(config)
         # A search for the smallest perturbation does not ask for the radius.
-        key = f"{config}{epsilon if is_bounded(config) else ''}"
+        key = f"{name if callable(made) else made}{config if callable(made) else ''}{n}{epsilon * attack.bounded}"
         if key not in self._found:
+            seed = config.seed if callable(made) else made.seed
             outcome = run_attack(
-                build_attack(config), self.model, self.images, self.labels, epsilon=epsilon,
-                batch_size=self.batch_size, seed=config.seed,
+                attack, self.model, self.images[:n], self.labels[:n], epsilon=epsilon, batch_size=self.batch_size,
+                seed=seed,
             )  # fmt: skip
-            self._found[key] = outcome.logits.argmax(dim=1) == self.labels.cpu(), outcome.distance
+            self._found[key] = _Found(outcome.logits.argmax(dim=1) == self.labels[:n].cpu(), outcome.distance)
         return self._found[key]
 
 
 def agreement_table(rows: Iterable[Agreement]) -> str:
     """Lay agreements out as a Markdown table; both columns of robust accuracy are in %, the difference in points."""
-    headers = ["model", "problem", "attack", "beside", "for", "attack %", "beside %", "points", "within one"]
+    headers = ["model", "problem", "n", "attack", "beside", "for", "attack %", "beside %", "points", "agree",
+               "over seeds", "median norms"]  # fmt: skip
     cells = (
-        [escape(row.model), f"{row.norm} {row.epsilon}", escape(row.attack), escape(row.second),
-         "agreement" if row.required else "strength", fixed(row.standing), fixed(row.standing_second),
-         fixed(row.difference, sign=True), "yes" if row.agrees else "no"]
+        [escape(row.model), f"{row.norm} {row.epsilon}", str(row.n), escape(row.attack), escape(row.second),
+         "agreement" if row.required else "strength", fixed(_mean(row.standing)), fixed(_mean(row.standing_second)),
+         fixed(row.difference, sign=True), "yes" if row.agrees else "no", _ranges(row),
+         " / ".join(fixed(norm, 4) for norm in row.medians) if row.medians else NONE]
         for row in rows
     )  # fmt: skip
-    return table(headers, cells, align="lllllrrrl")
+    return table(headers, cells, align="llrlllrrrlll")
+
+
+def _ranges(row: Agreement) -> str:
+    """Return the smallest and the largest share over the seeds, of the attack and of the second; a dash for one."""
+    if len(row.standing) == 1:
+        return NONE
+    return " / ".join(f"{fixed(min(shares))} to {fixed(max(shares))}" for shares in (row.standing, row.standing_second))

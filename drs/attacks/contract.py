@@ -25,6 +25,11 @@ from drs.attacks.stand_in import is_nearly_fooled, stand_in
 from drs.batches import in_batches
 from drs.errors import UserError
 
+SAME_SUM = 0.01
+"""Outputs in [0,1] are probabilities where their row sums differ by less than this share of what they do themselves."""
+LEAST_ROWS = 4
+"""Of fewer images, logits too may happen to have such sums."""
+
 
 class Attack(Protocol):
     """An attack on a classifier.
@@ -114,8 +119,8 @@ def check_model(model: nn.Module, images: Tensor) -> None:
     """Raise ``UserError`` for a model that gradient attacks would judge wrongly, on the first 16 images.
 
     Refused are outputs that are not ``[B, K]`` with K >= 2; probabilities in the place of logits, whose gradients
-    vanish where the model is confident; and a forward pass that gives another answer the second time. Log-probabilities
-    pass: they are logits up to a shift of each row.
+    vanish where the model is confident, scaled and smoothed ones too; and a forward pass that gives another answer the
+    second time. Log-probabilities pass: they are logits up to a shift of each row.
     """
     in_batches(lambda start, stop: _check_answers(model, images[start:stop]), min(16, len(images)), 16, "the model")
 
@@ -136,12 +141,27 @@ def _check_answers(model: nn.Module, few: Tensor) -> None:
             "the model is stochastic: two forward passes of the same images differ; fix its randomness, or attack the "
             "expectation over it, which these attacks do not do"
         )
-    rounding = 1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2
-    is_distribution = (outputs >= 0).all() & ((outputs.sum(dim=1) - 1).abs() < rounding).all()
-    if bool(is_distribution):
+    if _are_probabilities(outputs, 1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2):
+        low, high, sums = float(outputs.min()), float(outputs.max()), outputs.sum(dim=1)
         raise UserError(
-            "the model returns probabilities (no value below 0, each row sums to 1); return logits or log-probabilities"
+            f"the model returns probabilities, or scaled or smoothed ones (values from {low:.3g} to {high:.3g}, and "
+            f"each row sums to {float(sums.mean()):.4g}); return logits or log-probabilities"
         )
+
+
+def _are_probabilities(outputs: Tensor, rounding: float) -> bool:
+    """Return whether outputs ``[B, K]`` are probabilities, or nearly: scaled, mixed with a constant, or clamped.
+
+    They lie in [0,1], and their sums hardly differ where they themselves do. Logits that are the same for all images
+    pass: a collapsed model has them.
+    """
+    if bool((outputs < 0).any() | (outputs > 1 + rounding).any()):
+        return False
+    sums = outputs.sum(dim=1)
+    if bool(((sums - 1).abs() < rounding).all()):
+        return True
+    varied = float((outputs.amax(dim=0) - outputs.amin(dim=0)).max())
+    return len(outputs) >= LEAST_ROWS and float(sums.max() - sums.min()) < max(SAME_SUM * varied, rounding) < varied
 
 
 def check_logits(logits: Tensor, source: str) -> None:
