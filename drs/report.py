@@ -49,7 +49,7 @@ COLUMNS = {
         "q_value",
     ],
     "worst_case": [*_RUN, "norm", "epsilon", "epsilon_label", "n", "clean", "pgd", "worst", "excluded"],
-    "sanity": [*_RUN, "check", "figure", "threshold", "allowed", "passed", "n", "excluded"],
+    "sanity": [*_RUN, "check", "figure", "threshold", "passed", "n", "excluded"],
     "comparators": [*_KEYS, "n_seeds"],
     "partial_correlations": ["data", "model", "statistic", "attack", "controls", "n_models", "coefficient"],
     "granulated": ["data", "model", "statistic", "attack", "axis", "n_models", "n_pairs", "coefficient"],

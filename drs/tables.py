@@ -96,7 +96,7 @@ WORST_COLUMNS = [
     "failed_checks",
 ]  # fmt: skip
 SANITY_COLUMNS = [
-    *_NAMES, "check", "figure", "threshold", "allowed", "passed", "n", "epsilon_label", "detail", "excluded",
+    *_NAMES, "check", "figure", "ci_low", "ci_high", "threshold", "passed", "n", "epsilon_label", "detail", "excluded",
 ]  # fmt: skip
 
 
