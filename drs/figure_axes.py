@@ -12,19 +12,23 @@ CHARACTER = 0.033
 """Width of a character of a tick's name, and a little air, over the width of a panel."""
 
 
-def legible(ticks: Sequence[float], names: Sequence[str]) -> list[str]:
+def legible(ticks: Sequence[float], names: Sequence[str], width: float | None = None) -> list[str]:
     """Return the names of rising ticks, on a second line where one would run into its neighbour on the left.
 
-    One that has no room there either comes back empty.
+    Args:
+        ticks: Where they are, along the axis.
+        names: Their names; one that has no room on a second line either comes back empty.
+        width: Of the panel, in the unit of the ticks; by default the first and the last tick are at its edges.
     """
+    panel = ticks[-1] - ticks[0] if width is None else width
     shown: list[str] = []
     ends = [-math.inf, -math.inf]
     for tick, name in zip(ticks, names, strict=True):
-        width = CHARACTER * (ticks[-1] - ticks[0]) * len(name)
-        line = next((line for line, end in enumerate(ends) if tick - width / 2 > end), None)
+        half = CHARACTER * panel * len(name) / 2
+        line = next((line for line, end in enumerate(ends) if tick - half > end), None)
         shown.append("" if line is None else "\n" * line + name)
         if line is not None:
-            ends[line] = tick + width / 2
+            ends[line] = tick + half
     return shown
 
 
@@ -55,9 +59,13 @@ def scale_statistic(axis: Axes, scale: str, values: "pd.Series[float]") -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
     elif scale == "logit":
         axis.set_xscale("logit")
-        low, _ = axis.get_xlim()
+        low, high = axis.get_xlim()
         shares = [0.01, 0.1, 0.5, *(1 - 10.0**-digits for digits in range(1, 9))]
         ticks = [share for share in shares if low <= share <= values.max()]
-        places = [math.log10(share / (1 - share)) for share in ticks]
-        axis.set_xticks(ticks, legible(places, [f"{share:.8g}" for share in ticks]))
+        names = [f"{share:.8g}" for share in ticks]
+        axis.set_xticks(ticks, legible([_logit(share) for share in ticks], names, _logit(high) - _logit(low)))
         axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _logit(share: float) -> float:
+    return math.log10(share / (1 - share))

@@ -228,6 +228,8 @@ def test_names_of_ticks_do_not_run_into_each_other() -> None:
     assert legible(ticks, names) == ["0", "0.25", "\n0.5", "1", "2", "∞"]
     assert legible(ticks[:-1], names[:-1]) == ["0", "0.25", "0.5", "1", "2"]
     assert legible([0, 1, 2, 3, 100], ["0.00", "0.01", "0.02", "0.03", "1"]) == ["0.00", "\n0.01", "", "", "1"]
+    assert legible([4, 5, 6], ["0.9", "0.99", "0.999"], width=8) == ["0.9", "0.99", "\n0.999"]
+    assert legible([4, 5, 6], ["0.9", "0.99", "0.999"]) == ["0.9", "0.99", "0.999"]
 
 
 def test_every_epsilon_is_named(drawn: dict[str, Figure]) -> None:
