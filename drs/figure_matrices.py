@@ -132,12 +132,13 @@ def _runner_up(axis: Axes, rows: pd.DataFrame, shown: list[Setting]) -> None:
     for position, setting in enumerate(shown):
         cells = of_setting(rows, setting)
         style = {**setting_style(*setting), "linestyle": "none"}
-        offsets = np.linspace(-0.18, 0.18, len(cells)) if len(cells) > 1 else np.zeros(len(cells))
+        offsets = np.linspace(-0.3, 0.3, len(cells)) if len(cells) > 1 else np.zeros(len(cells))
         failed = has_failed(cells).to_numpy(bool)
         for hollow in sorted(set(failed.tolist())):
             share, where = 100 * cells["runner_up_rate"][failed == hollow], position + offsets[failed == hollow]
             axis.plot(share, where, **{**style, **point_face(hollow, style["color"]), "markersize": 4})
-        axis.vlines(100 * cells["runner_up_rate"].mean(), position - 0.32, position + 0.32, color=style["color"])
+        mean = 100 * cells["runner_up_rate"].mean()
+        axis.vlines(mean, position - 0.45, position + 0.45, color="0.2", linewidth=1, zorder=3)  # over the points
     axis.axvline(100 * rows["chance"].mean(), color=CHANCE_COLOUR, linestyle=":", linewidth=1)
     axis.set_xlim(0, 105)
     axis.set_ylim(len(shown) - 0.4, -0.6)
@@ -171,7 +172,7 @@ def where_attacks_land(landing: pd.DataFrame, landing_matrices: pd.DataFrame, da
     stored = of_group(landing_matrices, data, model)
     shown, names = settings(rows), [name for name in attacks(rows["attack"]) if name in LANDING_PANELS]
     kept = settings(stored)
-    heights = [1.3 + 0.15 * len(shown), 2.3][: 2 if kept else 1]
+    heights = [1.3 + 0.2 * len(shown), 2.3][: 2 if kept else 1]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = upper.subplots(1, len(names), sharey=True, squeeze=False)[0]

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from drs import figure_cost, figure_summary, figures
 from drs.figure_style import count, groups, included, of_group, settings
+from drs.marks import correlated_note
 from drs.shown_intervals import kind_of_interval
 from drs.verdicts import PRIMARY_STATISTIC
 
@@ -126,10 +127,10 @@ def plan_figures(tables: Tables) -> list[PlannedFigure]:
     if len(correlations := tables["correlations"]):
         caption = (
             "Spearman's coefficient over models, statistics on clean samples against clean and robust accuracy (mean "
-            "over epsilons). Hatched: not significant after Benjamini–Hochberg over the table."
-        )
+            "over epsilons). Hatched: not significant after Benjamini–Hochberg over the table. "
+        ) + correlated_note(tables["models"])
         draw = partial(figures.correlation_heatmap, correlations)
-        plan.append(_planned("correlation_heatmap", "", "", caption, draw))
+        plan.append(_planned("correlation_heatmap", "", "", caption.strip(), draw))
     worst = included(tables["worst_case"])
     if (worst["norm"] == "linf").any():
         caption = (

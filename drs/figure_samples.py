@@ -1,5 +1,6 @@
 """Single images under attack: clean, perturbation, adversarial, and the softmax before and after."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from drs.marks import MARK
 
 BEFORE, AFTER = "#56B4E9", "#D55E00"  # Okabe and Ito's (2008) sky blue and vermilion: light and dark in grey
 ROW_HEIGHT = 0.92  # inches
+LINE = 110  # characters of a title
+NORMS = {"linf": "L∞", "l2": "L2"}
 HEADINGS = ("clean", "perturbation", "adversarial", "softmax (probability)")
 
 
@@ -26,6 +29,8 @@ class AttackedSamples:
         before: Softmax of the clean images, ``[N, K]``.
         after: Softmax of the adversarial ones.
         labels: True classes, ``[N]``.
+        attack: The attack's name, such as ``PGD (torchattacks)``.
+        norm: The norm of its bound, ``linf`` or ``l2``.
     """
 
     images: NDArray[np.float32]
@@ -33,6 +38,8 @@ class AttackedSamples:
     before: NDArray[np.float32]
     after: NDArray[np.float32]
     labels: NDArray[np.int64]
+    attack: str
+    norm: str
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +53,7 @@ def draw_samples(
     class_names: Sequence[str] | None = None,
     failed_checks: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
-    """Draw a row per sample, model by model.
+    """Draw a row per sample, model by model; the title names the attack and its bound.
 
     The perturbation is shown with grey for no change, black for a pixel that is darker by ``epsilon`` or more, and
     white for one that is brighter by as much. The label has a bar with a dark edge; a title in bold says which class
@@ -63,11 +70,15 @@ def draw_samples(
         A figure of the text width.
 
     Raises:
-        ValueError: If there are no samples.
+        ValueError: If there are no samples, or not all were made by one attack.
     """
     rows = [(name, samples, place) for name, samples in models.items() for place in range(len(samples))]
     if not rows:
         raise ValueError("no samples to draw")
+    attacks = {(samples.attack, samples.norm) for samples in models.values()}
+    if len(attacks) > 1:
+        raise ValueError(f"samples of one attack must be drawn together, got those of {sorted(attacks)}")
+    ((attack, norm),) = attacks
     failed = {name: checks for name, checks in (failed_checks or {}).items() if name in models and checks}
     names = list(class_names or map(str, range(rows[0][1].before.shape[1])))
     figure = Figure(figsize=(WIDTH, ROW_HEIGHT * len(rows) + 0.5), layout="constrained")
@@ -82,9 +93,11 @@ def draw_samples(
         found = int(samples.after[place].argmax())
         held = found == samples.labels[place]
         own[2].set_xlabel(f"still {names[found]}" if held else f"now {names[found]}", weight="bold", labelpad=2)
+    titles = [f"attack: {attack}, {NORMS[norm]} bound {epsilon:.3g}"]
     if failed:
         told = "; ".join(f"{name} fails {', '.join(checks)}" for name, checks in failed.items())
-        figure.suptitle(f"{MARK} sanity checks: {told}")
+        titles += textwrap.wrap(f"{MARK} sanity checks: {told}", LINE)
+    figure.suptitle("\n".join(titles))
     figure.legend(*axes[0, 3].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     for axis in axes[:-1, 3]:
         axis.set_xticklabels([])

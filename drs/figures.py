@@ -5,16 +5,14 @@ Every function takes whole tables (the columns of ``results/<study>/tables/*.csv
 single models are shown; every panel says how many models, seeds or samples stand behind it.
 """
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
+from drs.figure_axes import legible, scale_statistic, statistic_scale
 from drs.figure_legends import HOLLOW, legend_below, point_face
 from drs.figure_matrices import correlation_heatmap, where_attacks_land
 from drs.figure_style import (
@@ -44,8 +42,6 @@ from drs.figure_style import (
 
 MOST_BANDS = 16
 """Losses and weights of a panel that get a band of spread; those of more would lie over each other."""
-CHARACTER = 0.033
-"""Width of a character of a tick's name, and a little air, over the width of a panel."""
 
 __all__ = [
     "correlation_heatmap",
@@ -95,7 +91,7 @@ def statistic_vs_accuracy(
     figure, axes = panels(len(shown), height=1.95, extra=0.75)
     out = is_excluded(rows)
     values = rows[f"stat.{statistic}"]
-    log = bool((values.dropna() > 0).all() and values.max() > 20 * values.min())
+    scale = statistic_scale(values.dropna())
     failed = has_failed(rows)
     for axis, attack in zip(axes, shown, strict=True):
         share = rows[f"acc.{attack}@mean"]
@@ -114,12 +110,7 @@ def statistic_vs_accuracy(
             face = {} if crossed else point_face(bool(hollow), style["color"])
             axis.plot(same["value"], 100 * same["share"], **{**style, **face, "linestyle": "none"})
         axis.margins(x=0.08)
-        if log:
-            axis.set_xscale("log")
-            decades = np.log10(values.max() / values.min())
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.8 else (1,)))
-            axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axis.xaxis.set_minor_formatter(NullFormatter())
+        scale_statistic(axis, scale, values)
         images = span([n for (_, name), n in counts.items() if name == attack])
         coefficient = coefficient_line(correlations, data, model, statistic, f"{attack}@mean")
         axis.set_title(f"{attack_label(attack)}, {images} images\n{coefficient}", linespacing=1.35)
@@ -171,18 +162,6 @@ def _curve(axis: Axes, cells: pd.DataFrame, setting: Setting, scale: float, unbo
             unbounded_at, row["mean"], error, **{**style, "linestyle": "none"}, markersize=3.5, elinewidth=0.8,
             zorder=_order(setting),
         )  # fmt: skip
-
-
-def legible(ticks: Sequence[float], names: Sequence[str]) -> list[str]:
-    """Return the names of rising ticks, empty where one would run into its neighbour on the left."""
-    shown: list[str] = []
-    end = -math.inf
-    for tick, name in zip(ticks, names, strict=True):
-        width = CHARACTER * (ticks[-1] - ticks[0]) * len(name)
-        fits = tick - width / 2 > end
-        shown.append(name if fits else "")
-        end = tick + width / 2 if fits else end
-    return shown
 
 
 def _spread(banded: bool) -> str:

@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from drs.selection import group_models, standard_models
+
 MARK = "†"  # after a model that fails a sanity check, or a setting of which one does
 MARK_NOTE = (
     f"A loss marked {MARK} has a model that fails at least one sanity check. In a figure, a hollow marker is such a "
@@ -19,6 +21,23 @@ def has_failed(rows: pd.DataFrame) -> "pd.Series[bool]":
         return pd.Series(False, index=rows.index)
     names = rows[COLUMN].astype(object)
     return names.notna() & (names.astype(str).str.strip() != "")
+
+
+def correlated_note(models: pd.DataFrame) -> str:
+    """Say how many of the models that are correlated fail a sanity check, group by group; nothing where none does.
+
+    A coefficient is of many models, so that no mark can stand beside it.
+    """
+    told = []
+    for data, model, rows in group_models(standard_models(models)):
+        failing = int(has_failed(rows).sum())
+        told += [f"{failing} of {len(rows)} models of {data}, {model}"] if failing else []
+    if not told:
+        return ""
+    return (
+        f"At least one sanity check ({MARK}) is failed by {'; '.join(told)}. Their accuracies enter the coefficients "
+        "like all others."
+    )
 
 
 def mark_failed_checks(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

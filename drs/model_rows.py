@@ -161,7 +161,7 @@ def _model_row(
 
 
 @functools.lru_cache(maxsize=65536)
-def _wilson(right: int, n: int) -> tuple[float, float]:
+def wilson(right: int, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a share; scipy tests a hypothesis besides, which took half the time of a study."""
     interval = binomtest(right, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
@@ -172,7 +172,7 @@ def _accuracy_row(
 ) -> dict[str, Any]:
     """Return a row of accuracy.csv of the first n samples, of which ``correct`` says how the model has them clean."""
     same = correct[: len(robust)]
-    low, high = _wilson(int(robust.sum()), len(robust))
+    low, high = wilson(int(robust.sum()), len(robust))
     return {
         "attack": attack,
         "norm": norm,

@@ -21,7 +21,7 @@ from drs.figure_plan import KINDS, PlannedFigure, Tables, plan_figures
 from drs.figure_style import STYLE
 from drs.files import atomic_write
 from drs.markdown import escape
-from drs.marks import MARK_NOTE, has_failed, mark_failed_checks
+from drs.marks import MARK_NOTE, correlated_note, has_failed, mark_failed_checks
 from drs.verdicts import RULES
 
 _KEYS = ["data", "model", "loss", "loss_weight"]
@@ -49,7 +49,7 @@ COLUMNS = {
         "q_value",
     ],
     "worst_case": [*_RUN, "norm", "epsilon", "epsilon_label", "n", "clean", "pgd", "worst", "excluded"],
-    "sanity": [*_RUN, "check", "figure", "threshold", "allowed", "passed", "n", "excluded"],
+    "sanity": [*_RUN, "check", "figure", "threshold", "passed", "n", "excluded"],
     "comparators": [*_KEYS, "n_seeds"],
     "partial_correlations": ["data", "model", "statistic", "attack", "controls", "n_models", "coefficient"],
     "granulated": ["data", "model", "statistic", "attack", "axis", "n_models", "n_pairs", "coefficient"],
@@ -187,21 +187,33 @@ class Section:
     kinds: tuple[str, ...] = ()
 
 
+def _with_note(body: str, note: str) -> str:
+    """Return a section with a note under its tables, where it has any."""
+    return f"{body}\n\n{note}" if note and "|" in body else body
+
+
 def report_sections(tables: Tables, provenance: dict[str, Any]) -> list[Section]:
     """Return the parts of a study's report, in order."""
     strong = "strong" in provenance.get("suites", [])
+    note = escape(correlated_note(tables["models"]))
     return [
         Section("Claims", report_text.claims_section(tables["claims"]), ("summary",)),
-        Section("How the verdicts are decided", RULES.strip()),
+        Section("How the verdicts are decided", f"{RULES.strip()}\n\n{report_text.STRENGTHENED}"),
         Section("Models", report_tables.models_section(tables["models"], tables["accuracy"])),
         Section("Failed and excluded models", report_text.failures_section(tables["failures"], tables["models"])),
         Section(
             "Correlations",
-            report_tables.correlations_section(tables["correlations"]),
+            _with_note(report_tables.correlations_section(tables["correlations"]), note),
             ("statistic_vs_accuracy", "correlation_heatmap", "nonlabel_distribution"),
         ),
-        Section("Partial correlations", report_statistics.partial_section(tables["partial_correlations"])),
-        Section("Granulated coefficients", report_statistics.granulated_section(tables["granulated"])),
+        Section(
+            "Partial correlations",
+            _with_note(report_statistics.partial_section(tables["partial_correlations"]), note),
+        ),
+        Section(
+            "Granulated coefficients",
+            _with_note(report_statistics.granulated_section(tables["granulated"]), note),
+        ),
         Section(
             "Statistics and minimal perturbations, sample by sample",
             report_statistics.sample_correlation_section(tables["sample_correlations"]),

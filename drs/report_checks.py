@@ -6,6 +6,7 @@ import pandas as pd
 
 from drs.figure_style import (
     MARK,
+    count,
     few_settings,
     groups,
     has_failed,
@@ -17,10 +18,12 @@ from drs.figure_style import (
     setting_label,
 )
 from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table, whole
-from drs.sanity_checks import CHECKS
+from drs.sanity_checks import CHECKS, Check, unseen_share
 from drs.shown_intervals import kind_of_interval, shown_gains
 
-TOO_FEW = "‡"  # after a figure that is one image, above the threshold
+TOO_FEW = "‡"  # after a number of images that can show gross masking only
+GROSS = 0.1
+"""Where a larger share of all images than this may show what none of the n images does, n is too few for a check."""
 
 
 def sanity_section(sanity: pd.DataFrame) -> str:
@@ -28,37 +31,66 @@ def sanity_section(sanity: pd.DataFrame) -> str:
     if sanity.empty:
         return "No sanity check was run: they belong to the `strong` suite."
     kept = included(sanity)
+    unmarked = [escape(name) for name, check in CHECKS.items() if not check.marks]
     sections = [
         "Each model goes through these checks at its smallest decisive epsilon, on its first n images. A cell says how "
-        "many models pass, out of those for which the check was run, and the median figure in %. A check passes up to "
-        "its threshold, or with one image where that is more and the threshold is not 0: *at most* says which at this "
-        f"n. Where it is one image (marked {TOO_FEW}), n is too small to tell the threshold from one image, and a pass "
-        "says only that no more than one image was found. A failed check does not make a model fragile: it says that "
-        "some number about it cannot be trusted. Which model fails what, by how much and on how many images is in "
-        "tables/sanity.csv."
+        "many models pass, out of those for which the check was run, and the median figure in %. *Passes at* is the "
+        "threshold in %; where one image of n is more, one image fails the check. *Unseen* is what a pass leaves open: "
+        "where none of n images shows something, up to so many % of all images may (the upper end of Wilson's 95 % "
+        "interval). A failed check does not make a model fragile: it says that some number about it cannot be trusted. "
+        f"Neither {' nor '.join(unmarked)} marks a model where it is named: an attack that gets weaker fails them too, "
+        "as on nearly every honest model where logits are rescaled, and what could overstate robustness is a check of "
+        "its own. "
+        "Which model fails what, by how much, on how many images and with which interval is in tables/sanity.csv."
     ]
     for data, model in groups(kept):
         group = of_group(kept, data, model)
         shown = few_settings(group)
         rows = []
-        for name in CHECKS:
+        for name, check in CHECKS.items():
             cells = group[group["check"] == name]
-            rows.append([escape(name), *_allowed(cells), *(_passes(cells, one) for one in shown)])
-        headers = ["check", "n", "at most (%)", *(escape(marked_label(group, setting)) for setting in shown)]
-        sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lrr"))
+            rows.append([escape(name), *_images(cells), _bound(check), *(_passes(cells, one) for one in shown)])
+        headers = ["check", "n images", "unseen (%)", "passes at (%)"]
+        headers += [escape(marked_label(group, setting)) for setting in shown]
+        sections.append(f"### {group_name(data, model)}\n\n" + table(headers, rows, align="lrrr"))
+        sections.append(_too_few(group))
         sections.append(not_shown(group, "sanity"))
-    meanings = [[escape(name), escape(check.meaning), f"{100 * check.threshold:g}"] for name, check in CHECKS.items()]
-    sections.append("### What is checked\n\n" + table(["check", "figure", "threshold (%)"], meanings, align="llr"))
+    meanings = [[escape(name), escape(check.meaning), _bound(check)] for name, check in CHECKS.items()]
+    sections.append("### What is checked\n\n" + table(["check", "figure", "passes at (%)"], meanings, align="llr"))
     return "\n\n".join(filter(None, sections))
 
 
-def _allowed(cells: pd.DataFrame) -> tuple[str, str]:
-    """Return on how many images a check of some models was run, and up to which figure in % it passes there."""
-    run = cells[cells["passed"].isin(["pass", "fail"])]
-    if run.empty:
+def _bound(check: Check) -> str:
+    return ("< " if check.below else "≤ " if check.threshold else "") + f"{100 * check.threshold:g}"
+
+
+def _run(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells[cells["passed"].isin(["pass", "fail"])]
+
+
+def _images(cells: pd.DataFrame) -> tuple[str, str]:
+    """Return on how many images a check of some models was run, and what share in % none of them could show."""
+    counts = _run(cells)["n"]
+    if counts.empty:
         return NONE, NONE
-    mark = f" {TOO_FEW}" if (run["allowed"] > run["threshold"]).any() else ""
-    return _span(run["n"], 0), _span(100 * run["allowed"], 1) + mark
+    shares = counts[counts > 0].map(unseen_share)
+    mark = f" {TOO_FEW}" if (shares > GROSS).any() else ""
+    return _span(counts, 0) + mark, _span(100 * shares, 1)
+
+
+def _too_few(group: pd.DataFrame) -> str:
+    """Say which checks of a group ran on so few images that they can show gross masking only."""
+    run = _run(group)
+    few = run[(run["n"] > 0) & (run["n"].clip(lower=1).map(unseen_share) > GROSS)]
+    if few.empty:
+        return ""
+    told = [
+        f"{escape(name)} on {_span(few.loc[few['check'] == name, 'n'], 0)} images "
+        f"({count(few.loc[few['check'] == name, 'run_id'].nunique(), 'model')})"
+        for name in CHECKS
+        if (few["check"] == name).any()
+    ]
+    return f"{TOO_FEW} So few images can only show gross masking: {'; '.join(told)}."
 
 
 def _span(values: pd.Series, digits: int) -> str:
@@ -68,7 +100,7 @@ def _span(values: pd.Series, digits: int) -> str:
 
 def _passes(cells: pd.DataFrame, setting: tuple[str, float]) -> str:
     own = of_setting(cells, setting)
-    run = own[own["passed"].isin(["pass", "fail"])]
+    run = _run(own)
     if run.empty:
         return "not run"
     passed = int((run["passed"] == "pass").sum())

@@ -31,7 +31,8 @@ def attack_samples(
         adversarial = attack.perturb(model, images.clone(), samples.labels, epsilon).detach()
     check_adversarial(images, adversarial, epsilon, attack.norm, attack.name)
     before, after = (
-        torch.softmax(predict(model, pixels, name), dim=1).cpu().numpy()
-        for pixels, name in ((images, "clean images"), (adversarial, f"adversarial images of {attack.name}"))
+        torch.softmax(predict(model, given, name), dim=1).cpu().numpy()
+        for given, name in ((images, "clean images"), (adversarial, f"adversarial images of {attack.name}"))
     )
-    return AttackedSamples(images.cpu().numpy(), adversarial.cpu().numpy(), before, after, samples.labels.cpu().numpy())
+    pixels, moved, labels = (values.cpu().numpy() for values in (images, adversarial, samples.labels))
+    return AttackedSamples(pixels, moved, before, after, labels, attack.name, attack.norm)

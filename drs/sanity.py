@@ -15,7 +15,8 @@ import numpy as np
 from drs.attack_config import AttackConfig
 from drs.attacks.probes import FACTORS, LARGE_EPSILON
 from drs.cells import SANITY, Cell, standing_at
-from drs.sanity_checks import CHECKS, allowed_figure
+from drs.model_rows import wilson
+from drs.sanity_checks import CHECKS, Check
 
 Arrays = dict[Path, dict[str, np.ndarray]]
 GRADIENT_ATTACKS = ("fgsm", "pgd", "margin_pgd", "targeted_pgd", "adaptive", "apgd_ce", "apgd_t", "fab_t", "fmn_linf")
@@ -30,9 +31,9 @@ def sanity_rows(planned: list[Cell], arrays: Arrays) -> list[dict[str, Any]]:
         arrays: What they hold.
 
     Returns:
-        Rows of ``check, figure, threshold, allowed, passed, n, epsilon_label, detail``; none where the suite has no
-        checks. A check passes where its figure is at most ``allowed``. One whose cells are not there has ``passed``
-        "not run" and nothing ``allowed``.
+        Rows of ``check, figure, ci_low, ci_high, threshold, passed, n, epsilon_label, detail``; none where the suite
+        has no checks. ``n`` counts images, and Wilson's 95 % interval of a figure that is a share of them is over
+        them; other figures have none. A check whose cells are not there has ``passed`` "not run".
     """
     cell = next((cell for cell in planned if cell.attack == SANITY), None)
     if cell is None:
@@ -45,18 +46,24 @@ def sanity_rows(planned: list[Cell], arrays: Arrays) -> list[dict[str, Any]]:
     rows = []
     for name, check in CHECKS.items():
         figure, n, detail = figures.get(name, (math.nan, 0, "its attack was not run"))
-        allowed = math.nan if math.isnan(figure) else allowed_figure(check.threshold, n)
-        passed = NOT_RUN if math.isnan(figure) else PASS if figure <= allowed + 1e-9 else FAIL
+        passed = NOT_RUN if math.isnan(figure) else PASS if check.passes(figure) else FAIL
+        low, high = _interval(check, figure, n)
         rows.append({
-            "check": name, "figure": figure, "threshold": check.threshold, "allowed": allowed, "passed": passed,
-            "n": n, "epsilon_label": cell.epsilon.label, "detail": detail,
+            "check": name, "figure": figure, "ci_low": low, "ci_high": high, "threshold": check.threshold,
+            "passed": passed, "n": n, "epsilon_label": cell.epsilon.label, "detail": detail,
         })  # fmt: skip
     return rows
 
 
 def failed_checks(rows: list[dict[str, Any]]) -> str:
-    """Return the names of the failed checks, joined by semicolons."""
-    return ";".join(row["check"] for row in rows if row["passed"] == FAIL)
+    """Return the names of the failed checks that mark a model, joined by semicolons."""
+    return ";".join(row["check"] for row in rows if row["passed"] == FAIL and CHECKS[row["check"]].marks)
+
+
+def _interval(check: Check, figure: float, n: int) -> tuple[float, float]:
+    if math.isnan(figure) or not check.share or not n:
+        return math.nan, math.nan
+    return wilson(round(figure * n), n)
 
 
 Figure = tuple[float, int, str]
@@ -69,9 +76,14 @@ def probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> d
     def listed(names: tuple[str, ...]) -> str:
         return ", ".join(f"{name} {100 * accuracy[name]:.1f} %" for name in names)
 
-    # Only falls count: another objective, or other logits of the same classifier, must not reveal a better attack.
     objectives = ("ce", "margin", "targeted")
-    variants = ("ce", *(f"scaled_{factor:g}" for factor in FACTORS), "normalised", "shifted")
+    scaled = ("ce", *(f"scaled_{factor:g}" for factor in FACTORS), "normalised")
+    variants = (*scaled, "shifted")
+    spread = max(accuracy[name] for name in objectives) - min(accuracy[name] for name in objectives)
+    rescaling = max(abs(accuracy["ce"] - accuracy[name]) for name in scaled)
+    # A gradient knows nothing of a shift but what float32 rounds: image by image, so that none makes up for another.
+    shift = float((probes["ce"] != probes["shifted"]).mean())
+    # Here only falls count: another objective, or other logits of the same classifier, must not reveal a better attack.
     gap = accuracy["ce"] - min(accuracy[name] for name in objectives)
     fall = accuracy["ce"] - min(accuracy[name] for name in variants)
     right = probes["clean"]
@@ -85,7 +97,10 @@ def probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> d
         "unbounded_succeeds": (accuracy["unbounded"], n, listed(("unbounded",))),
         "more_steps": (abs(accuracy["margin"] - accuracy["more_steps"]), n, listed(("margin", "more_steps"))),
         "more_restarts": (abs(accuracy["margin"] - accuracy["more_restarts"]), n, listed(("margin", "more_restarts"))),
+        "objective_spread": (spread, n, listed(objectives)),
         "objective_gap": (gap, n, listed(objectives)),
+        "logit_shift": (shift, n, listed(("ce", "shifted"))),
+        "logit_rescaling": (rescaling, n, listed(scaled)),
         "logit_shift_and_scale": (fall, n, listed(variants)),
         "zero_gradient": (zero, int(right.sum()), "over samples that are right without an attack"),
         "best_iterate": (regained, n, listed((best, "ce_last"))),

@@ -100,7 +100,7 @@ WORST_COLUMNS = [
 ]  # fmt: skip
 OUTCOME_COLUMNS = [*_NAMES, "attack", "n", "n_epsilons", "standing", "excluded"]
 SANITY_COLUMNS = [
-    *_NAMES, "check", "figure", "threshold", "allowed", "passed", "n", "epsilon_label", "detail", "excluded",
+    *_NAMES, "check", "figure", "ci_low", "ci_high", "threshold", "passed", "n", "epsilon_label", "detail", "excluded",
 ]  # fmt: skip
 
 

@@ -216,9 +216,9 @@ def _sanity(models: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
         for check in ("objective_gap", "zero_gradient", "transfer_not_stronger"):
             figure = float(rng.uniform(0, 0.03))
             passed = "not run" if check.startswith("transfer") else "fail" if figure > 0.02 else "pass"
-            rows.append({**{key: row[key] for key in KEYS}, "check": check, "figure": figure, "threshold": 0.02,
-                         "allowed": 0.02, "passed": passed, "n": 100, "epsilon_label": "0.1", "detail": "a sentence",
-                         "excluded": row["excluded"]})  # fmt: skip
+            rows.append({**{key: row[key] for key in KEYS}, "check": check, "figure": figure, "ci_low": 0.0,
+                         "ci_high": 0.05, "threshold": 0.02, "passed": passed, "n": 100, "epsilon_label": "0.1",
+                         "detail": "a sentence", "excluded": row["excluded"]})  # fmt: skip
     return pd.DataFrame(rows)
 
 

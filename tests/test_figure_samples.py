@@ -1,6 +1,7 @@
 """The picture of single samples under attack, and what it is drawn from."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,8 @@ def test_picture_says_what_became_of_each_sample(attacked: AttackedSamples) -> N
         np.testing.assert_allclose(heights, np.concatenate([attacked.before[place], attacked.after[place]]), atol=1e-6)
     with pytest.raises(ValueError, match="no samples"):
         draw_samples({}, epsilon=0.1)
+    with pytest.raises(ValueError, match="one attack"):
+        draw_samples({"CE": attacked, "DR": replace(attacked, attack="fgsm")}, epsilon=0.1)
 
 
 def test_picture_marks_the_models_that_fail_a_check(attacked: AttackedSamples) -> None:
@@ -65,9 +68,13 @@ def test_picture_marks_the_models_that_fail_a_check(attacked: AttackedSamples) -
     figure = draw_samples({"CE": attacked, "DR": attacked}, epsilon=0.3, failed_checks=failed)
     names = [own[0].get_ylabel().split("\n")[0] for own in np.array(figure.axes).reshape(8, 4)]
     assert names == ["CE"] * 4 + ["DR †"] * 4
-    assert figure.get_suptitle() == "† sanity checks: DR fails objective_gap, more_steps"
+    assert figure.get_suptitle() == (
+        "attack: PGD (torchattacks), L∞ bound 0.3\n† sanity checks: DR fails objective_gap, more_steps"
+    )
     passing = draw_samples({"CE": attacked}, epsilon=0.3, failed_checks={"CE": []})
-    assert passing.get_suptitle() == "" and passing.axes[0].get_ylabel().startswith("CE\n")
+    assert passing.get_suptitle() == "attack: PGD (torchattacks), L∞ bound 0.3" and passing.axes[
+        0
+    ].get_ylabel().startswith("CE\n")
 
 
 def test_published_picture_marks_what_the_study_says_fails(
@@ -88,4 +95,4 @@ def test_published_picture_marks_what_the_study_says_fails(
     assert len(names) == 2 and "CE" in names
     (ours,) = names - {"CE"}
     assert ours.startswith("DR ") and ours.endswith(" †")
-    assert drawn[0].get_suptitle() == f"† sanity checks: {ours.removesuffix(' †')} fails objective_gap"
+    assert drawn[0].get_suptitle().split("\n")[1] == f"† sanity checks: {ours.removesuffix(' †')} fails objective_gap"

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from synthetic import study_tables, with_failed_checks
 
 from drs.comparators import comparator_table
+from drs.figure_axes import legible, statistic_scale
 from drs.figure_cost import masking_gap
 from drs.figure_plan import KINDS, plan_figures
 from drs.figure_style import (
@@ -34,7 +35,6 @@ from drs.figures import (
     MOST_BANDS,
     correlation_heatmap,
     epsilon_curves,
-    legible,
     statistic_vs_accuracy,
     training_curves,
     where_attacks_land,
@@ -225,8 +225,44 @@ def test_bars_are_wilson_intervals_of_the_attacked_images(drawn: dict[str, Figur
 
 def test_names_of_ticks_do_not_run_into_each_other() -> None:
     ticks, names = [0, 0.25, 0.5, 1, 2, 2.44], ["0", "0.25", "0.5", "1", "2", "∞"]
-    assert legible(ticks, names) == ["0", "0.25", "", "1", "2", "∞"]
+    assert legible(ticks, names) == ["0", "0.25", "\n0.5", "1", "2", "∞"]
     assert legible(ticks[:-1], names[:-1]) == ["0", "0.25", "0.5", "1", "2"]
+    assert legible([0, 1, 2, 3, 100], ["0.00", "0.01", "0.02", "0.03", "1"]) == ["0.00", "\n0.01", "", "", "1"]
+    assert legible([4, 5, 6], ["0.9", "0.99", "0.999"], width=8) == ["0.9", "0.99", "\n0.999"]
+    assert legible([4, 5, 6], ["0.9", "0.99", "0.999"]) == ["0.9", "0.99", "0.999"]
+
+
+def test_every_epsilon_is_named(drawn: dict[str, Figure]) -> None:
+    """Fashion-MNIST's are closest together: 0.01 and 0.02 of 0.1."""
+    rows = TABLES["accuracy"].query("data == 'mnist' and attack == 'pgd'")
+    moved = {"0.1": "0.01", "0.2": "0.02", "0.3": "0.1"}
+    near = rows.assign(epsilon_label=rows["epsilon_label"].map(moved))
+    near = near.assign(epsilon=near["epsilon_label"].astype(float))
+    axis = epsilon_curves(near, "mnist", "lenet").axes[0]
+    assert [tick.get_text().strip() for tick in axis.get_xticklabels()] == ["0", "0.01", "0.02", "0.1"]
+
+
+def test_shares_close_to_1_are_spread_out() -> None:
+    models = TABLES["models"].query("data == 'mnist'")
+    assert statistic_scale(pd.Series([0.4, 0.5, 0.9])) == "linear"
+    assert statistic_scale(pd.Series([0.4, 0.5, 1.0])) == "linear", "no logit of 1"
+    assert statistic_scale(pd.Series([-0.4, 0.9999])) == "linear"
+    assert statistic_scale(pd.Series([0.01, 0.5])) == "log"
+    assert statistic_scale(pd.Series([0.4, 0.9999])) == "logit"
+    even = models.assign(**{"stat.nonlabel_entropy": 1 - np.logspace(-0.2, -6, len(models))})
+    figure = statistic_vs_accuracy(
+        even, TABLES["accuracy"], TABLES["correlations"], "nonlabel_entropy", "mnist", "lenet"
+    )
+    (names,) = {tuple(tick.get_text().strip() for tick in axis.get_xticklabels()) for axis in figure.axes[:1]}
+    assert names == ("0.5", "0.9", "0.99", "0.999", "0.9999", "0.99999", "0.999999")[: len(names)]
+    assert len(names) >= 5
+
+
+def test_mean_of_seeds_stands_out_from_their_points(drawn: dict[str, Figure]) -> None:
+    axis = next(axis for axis in drawn["where_attacks_land-mnist-lenet"].axes if axis.get_title().startswith("PGD"))
+    points = [line.get_zorder() for line in axis.lines if line.get_linestyle() == "None"]
+    bars = [bar.get_zorder() for bar in axis.collections]
+    assert bars and min(bars) > max(points)
 
 
 def test_curves_are_means_over_seeds_without_excluded_models(drawn: dict[str, Figure]) -> None:

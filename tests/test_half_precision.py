@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from drs.attack_config import (
 from drs.attacks import build_attack, contract, run_attack
 from drs.attacks import stand_in as stand_in_module
 from drs.attacks.half_precision import LARGEST_SCALE, HalfPrecision, in_half_precision, without_gradient
+from drs.attacks.isolation import tensor_cores
 from drs.attacks.stand_in import is_nearly_fooled, stand_in
 from drs.errors import UserError
 from drs.models import build_model
@@ -125,6 +127,49 @@ def test_pixels_are_not_rounded_to_float16() -> None:
         ("Conv2d", torch.float32), *[("Conv2d", torch.float16)] * 4, ("Linear", torch.float32),
     ]  # fmt: skip
     assert inputs[0][2] > 0 and not any(rounding for *_, rounding in inputs[1:])
+
+
+Precisions = list[tuple[nn.Module, bool, bool]]
+
+
+@pytest.fixture
+def tf32_outside() -> Iterator[None]:
+    """A caller that lets a card compute in TF32; a CPU has none, but keeps the switches."""
+    with tensor_cores(True):
+        yield
+
+
+def note_tf32(model: nn.Module, noted: Precisions) -> None:
+    """Note at every pass of a layer whether products and convolutions may be in TF32 there; copies note it too."""
+
+    def note(layer: nn.Module, _: object) -> None:
+        noted.append((layer, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_pre_hook(note)
+
+
+def test_first_and_last_layer_have_no_tf32_whatever_the_caller_has(tf32_outside: None) -> None:
+    model, images, _ = balanced()
+    half = HalfPrecision(model, images)
+    noted: Precisions = []
+    note_tf32(half, noted)
+    half(images)
+    assert [switches for _, *switches in noted] == [[False, False], *[[True, True]] * 4, [False, False]]
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32, "as the caller had them"
+
+
+def test_copy_is_compared_with_the_model_in_full_precision(tf32_outside: None) -> None:
+    model, images, _ = balanced()
+    noted: Precisions = []
+    note_tf32(model, noted)
+    assert in_half_precision(model, images[:7]) is not None
+    of_model = [switches for layer, *switches in noted if layer in set(model.modules())]
+    assert len(of_model) >= 12, "logits, and gradients"
+    assert len(noted) > len(of_model), "the copy as well"
+    assert not any(any(switches) for _, *switches in noted)
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32, "as the caller had them"
 
 
 @pytest.mark.parametrize(("factor", "lower"), [(1e-2, False), (1.0, True)])

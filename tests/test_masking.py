@@ -10,6 +10,7 @@ from outcomes import outcomes_of, outcomes_of_worst_case
 from drs.claims import decide_claims
 from drs.comparators import comparator_table
 from drs.correlation import correlation_table
+from drs.marks import correlated_note
 from drs.masking import Gain, Survival, fieller_interval, masked_checks, paired_gains, survival
 from drs.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, decide_masking
 
@@ -238,3 +239,17 @@ def test_comparator_table_has_a_row_per_setting_with_its_survival() -> None:
     assert own["failed_checks"] == "objective_gap 2/2; more_steps 1/2"
     assert rows.loc["adversarial", "gain_worst"] == pytest.approx(0.5)
     assert pd.isna(rows.loc["ce"].get("gain_pgd"))
+
+
+def test_note_counts_the_failing_models_among_those_that_are_correlated() -> None:
+    models = pd.DataFrame({
+        "run_id": list("abcdef"), "data": ["mnist"] * 5 + ["cifar10"], "model": ["lenet"] * 5 + ["cnn"],
+        "procedure": ["standard"] * 4 + ["adversarial", "standard"], "excluded": ["", "", "", "near chance", "", ""],
+        "failed_checks": ["more_steps", "", "objective_gap;more_steps", "more_steps", "more_steps", ""],
+    })  # fmt: skip
+    note = correlated_note(models)
+    assert "(†) is failed by 2 of 3 models of mnist, lenet." in note
+    assert "cifar10" not in note
+    assert (
+        correlated_note(models.assign(failed_checks="")) == correlated_note(models.drop(columns="failed_checks")) == ""
+    )

@@ -284,6 +284,20 @@ def test_a_setting_that_fails_a_check_is_marked_wherever_it_is_named(marked: str
     assert "†" not in _section(text, title)
 
 
+@pytest.mark.parametrize("title", ["Correlations", "Partial correlations", "Granulated coefficients"])
+def test_coefficients_say_how_many_of_their_models_fail_a_check(marked: str, text: str, title: str) -> None:
+    counted = "(†) is failed by 3 of 23 models of mnist, lenet; 2 of 9 models of cifar10, smallcnn."
+    assert counted in _section(marked, title)
+    assert "is failed by" not in text
+    captions = {figure.kind: figure.caption for figure in plan_figures(with_failed_checks(TABLES))}
+    assert counted in captions["correlation_heatmap"]
+
+
+def test_report_says_that_the_rules_were_fixed_and_the_attacks_were_not(text: str) -> None:
+    section = _section(text, "How the verdicts are decided")
+    assert "settings of attacks were made stronger" in section and "checks were made stricter" in section
+
+
 def test_the_mark_is_explained_on_top_of_the_report(marked: str, text: str) -> None:
     assert "A loss marked † has a model that fails at least one sanity check." in marked.split("\n## ")[0]
     assert "a hollow marker is such a model" in marked.split("\n## ")[0]
