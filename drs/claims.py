@@ -27,6 +27,12 @@ def _row(claim: str, finding: Finding, data: str, model: str) -> dict[str, Any]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def _of_group(name: str, finding: Finding) -> str:
+    decision = finding.decision
+    each = ", ".join(f"{what} {own}" for what, own in zip(("weak attacks", "worst case"), decision.sets, strict=False))
+    return f"{name} {decision.verdict}" + (f" ({each})" if each else "")
+
+
 def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFrame, strong_suite: bool) -> Finding:
     if not findings:
         return Finding(Decision(INCONCLUSIVE, "no finished model"))
@@ -34,9 +40,7 @@ def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFram
     if len(findings) == 1:
         ((name, finding),) = findings.items()
         return finding._replace(details=(f"the only group is {name}",))
-    decision = Decision(
-        verdict, "by group: " + "; ".join(f"{name} {finding.decision.verdict}" for name, finding in findings.items())
-    )
+    decision = Decision(verdict, "by group: " + "; ".join(_of_group(*item) for item in findings.items()))
     attack = {"C1": DECISIVE_WORST if strong_suite else DECISIVE_WEAK, "C4": "clean"}.get(claim, "")
     pooled = spearman(select(correlations, data="pooled", model="pooled"), attack)
     if pooled is not None and not pd.isna(pooled["coefficient"]):

@@ -10,7 +10,8 @@ the Bootstrap, chapter 11; for clusters, few of them too, Cameron and Miller 201
 simulated studies of 4 to 16 settings with 3 to 10 seeds each, the settings making 80 % of the variance, 93 to 98 % of
 its intervals held the truth (300 studies each; one standard error is 1.3 points). The obvious choice, a BCa bootstrap
 that draws whole settings (Field and Welsh 2007, J. R. Stat. Soc. B 69, 369-390), held it in 69 to 92 %; a BCa bootstrap
-that draws models, in 51 to 77 %.
+that draws models, in 51 to 77 %. Of partial coefficients given one control or three, intervals of 6 to 15 such settings
+held the truth in 95 to 99 % without a further degree of freedom less for each control.
 """
 
 from collections.abc import Sequence
@@ -67,27 +68,26 @@ def setting_orders(n_settings: int, n_permutations: int, rng: np.random.Generato
 
 
 def jackknife_interval(
-    observed: Array, left_out: Sequence[Array], n_settings: Sequence[Array], *, n_controls: int = 0, level: float = 0.95
+    observed: Array, left_out: Sequence[Array], n_settings: Sequence[Array], level: float = 0.95
 ) -> tuple[Array, Array]:
     """Return intervals of coefficients from what they become without one setting or another.
 
     The variance is the sum over groups of ``(k - 1) / k`` times the sum of squares around the group's mean, of k
     values of z (Wolter 2007, Introduction to Variance Estimation, chapter 4); the degrees of freedom are the sum of
-    ``k - 2``, less the controls of a partial coefficient. There is no interval with fewer than ``MIN_FREEDOM`` of
-    them, where leaving a setting out leaves no coefficient, and where it changes nothing.
+    ``k - 2``. There is no interval with fewer than ``MIN_FREEDOM`` of them, where leaving a setting out leaves no
+    coefficient, and where it changes nothing.
 
     Args:
         observed: ``[S, A]`` coefficients.
         left_out: For each group whose settings it is made from ``[k, S, A]``: the coefficient without one of them. NaN
             where that does not exist, or the setting has no part in it.
         n_settings: For each group ``[S, A]``: how many settings have a part in the coefficient.
-        n_controls: How many variables a partial coefficient controls for.
         level: Confidence level.
 
     Returns:
         Lower and upper bounds, ``[S, A]`` each, NaN where there is none.
     """
-    variance, freedom = np.zeros(observed.shape), np.full(observed.shape, -float(n_controls))
+    variance, freedom = np.zeros(observed.shape), np.zeros(observed.shape)
     exists = np.isfinite(observed)
     for values, count in zip(left_out, n_settings, strict=True):
         known = np.isfinite(values)

@@ -10,6 +10,7 @@ import pandas as pd
 from drs import evidence
 from drs.convergence import is_unconverged, missed_share
 from drs.correlation import Correlation, correlate, correlate_settings
+from drs.correlation_verdicts import Reading, decide_clean, decide_correlation
 from drs.masking import MASKING_CHECKS, failing_share, masked_checks, paired_gains, survival
 from drs.paired import BASELINE
 from drs.selection import usable_models
@@ -25,9 +26,6 @@ from drs.verdicts import (
     WORST_CASES,
     Decision,
     Difference,
-    Reading,
-    decide_clean,
-    decide_correlation,
     decide_masking,
     decide_robustness,
     decide_time,
@@ -92,10 +90,10 @@ def spearman(correlations: pd.DataFrame, attack: str, statistic: str = PRIMARY_S
     return None if rows.empty else rows.iloc[0]
 
 
-def as_correlation(row: pd.Series, p_greater: float = _NAN) -> Correlation:
-    """Read a row of correlations.csv."""
+def as_correlation(row: pd.Series) -> Correlation:
+    """Read a row of correlations.csv, which has no one-sided p."""
     coefficient, low, high, p = (float(row[name]) for name in ("coefficient", "ci_low", "ci_high", "p_value"))
-    return Correlation(int(row["n_models"]), coefficient, low, high, p, p_greater)
+    return Correlation(int(row["n_models"]), coefficient, low, high, p, _NAN)
 
 
 def _reading(group: Group, attack: str) -> Reading | None:
@@ -248,7 +246,7 @@ def _clean_claim(group: Group) -> Finding:
     row = spearman(group.correlations, "clean")
     if row is None:
         return Finding(Decision(INCONCLUSIVE, "no coefficient with clean accuracy"), n=len(group.models))
-    models = as_correlation(row, correlate(group.models, _STATISTIC, "clean_accuracy").p_greater)
+    models = as_correlation(row)
     settings = correlate_settings(group.models, _STATISTIC, "clean_accuracy")
     others = []
     for name in ("nonlabel_cv", "nonlabel_entropy"):
@@ -256,8 +254,7 @@ def _clean_claim(group: Group) -> Finding:
         others.append(f"{name} {evidence.coefficient(None if other is None else as_correlation(other))}")
     over_settings = "no coefficient" if math.isnan(settings.coefficient) else evidence.number(settings.coefficient)
     details = (
-        f"Spearman's coefficient over {models.n} models: {evidence.coefficient(models)}, one-sided p "
-        f"{evidence.probability(models.p_greater)}",
+        f"Spearman's coefficient over {models.n} models: {evidence.coefficient(models)}",
         f"over the {settings.n} settings, seeds averaged: {over_settings}, one-sided p "
         f"{evidence.probability(settings.p_greater)}",
         f"other readings of stochasticity: {others[0]}; {others[1]} (high where the distribution is even)",

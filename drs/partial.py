@@ -100,11 +100,11 @@ def freedman_lane(controls: Array, left: Array, right: Array, orders: NDArray[np
     return np.divide(numerator, lengths, out=np.zeros_like(numerator), where=lengths > 0)
 
 
-def _interval(observed: Array, draws: Array, left_out: Array, n_settings: int, n_controls: int) -> tuple[Array, Array]:
+def _interval(observed: Array, draws: Array, left_out: Array, n_settings: int) -> tuple[Array, Array]:
     """Return the interval of a bootstrap over models if there are draws, else of a jackknife over settings."""
     if not len(draws):
         counts = np.full(observed.shape, float(n_settings))
-        return jackknife_interval(observed, [left_out], [counts], n_controls=n_controls)
+        return jackknife_interval(observed, [left_out], [counts])
     known = np.isfinite(left_out)
     mean = np.where(known, left_out, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     return bca_interval(observed, draws, mean - left_out)
@@ -148,7 +148,7 @@ def _part(
         }
         observed = result["coefficient"] = found["observed"][0]
         draws, left_out = (found.get(name, none) for name in ("draws", "left_out"))
-        result["ci_low"], result["ci_high"] = _interval(observed, draws, left_out, k, len(chosen))
+        result["ci_low"], result["ci_high"] = _interval(observed, draws, left_out, k)
         if k >= len(chosen) + SPARE_MODELS:
             settings = result["settings_coefficient"] = found["settings"][0]
             permuted = freedman_lane(means[1][:, chosen], means[2], means[3], orders)

@@ -9,6 +9,7 @@ import pytest
 
 from drs import verdicts
 from drs.correlation import Correlation
+from drs.correlation_verdicts import Reading, decide_clean, decide_correlation
 from drs.verdicts import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
@@ -16,9 +17,6 @@ from drs.verdicts import (
     SUPPORTED,
     WEAK_ONLY,
     Difference,
-    Reading,
-    decide_clean,
-    decide_correlation,
     decide_robustness,
     decide_time,
     least_favourable,
