@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from drs.correlation_verdicts import SETS, short
 from drs.evidence import sentences
 from drs.findings import CLAIMS, Finding, Group, as_correlation, select, spearman
 from drs.paired import paired_difference_table
@@ -27,10 +28,13 @@ def _row(claim: str, finding: Finding, data: str, model: str) -> dict[str, Any]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def _of_group(name: str, finding: Finding) -> str:
-    decision = finding.decision
-    each = ", ".join(f"{what} {own}" for what, own in zip(("weak attacks", "worst case"), decision.sets, strict=False))
-    return f"{name} {decision.verdict}" + (f" ({each})" if each else "")
+def _sets(decisions: list[Decision]) -> str:
+    """Say the verdicts on weak attacks and on the worst case that the decisions have, over all of them."""
+    own = [decision.sets for decision in decisions if decision.sets]
+    each = [
+        f"{name} {short(least_favourable(found))}" for name, found in zip(SETS, zip(*own, strict=True), strict=False)
+    ]
+    return ", ".join(each)
 
 
 def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFrame, strong_suite: bool) -> Finding:
@@ -40,7 +44,10 @@ def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFram
     if len(findings) == 1:
         ((name, finding),) = findings.items()
         return finding._replace(details=(f"the only group is {name}",))
-    decision = Decision(verdict, "by group: " + "; ".join(_of_group(*item) for item in findings.items()))
+    decisions = {name: finding.decision for name, finding in findings.items()}
+    by_group = [f"{name} {own.verdict}" + (f": {_sets([own])}" if own.sets else "") for name, own in decisions.items()]
+    reason = sentences([_sets(list(decisions.values())), "by group: " + "; ".join(by_group)])
+    decision = Decision(verdict, reason.removesuffix("."))
     attack = {"C1": DECISIVE_WORST if strong_suite else DECISIVE_WEAK, "C4": "clean"}.get(claim, "")
     pooled = spearman(select(correlations, data="pooled", model="pooled"), attack)
     if pooled is not None and not pd.isna(pooled["coefficient"]):

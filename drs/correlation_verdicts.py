@@ -23,7 +23,12 @@ from drs.verdicts import (
     Decision,
 )
 
-_SHORT = {INCONCLUSIVE: "inconclusive"}
+SETS = ("weak attacks", "worst case")
+
+
+def short(verdict: str) -> str:
+    """Return a verdict without what it says of n, for one that stands beside others."""
+    return "inconclusive" if verdict == INCONCLUSIVE else verdict
 
 
 def _names(attacks: Sequence[str]) -> str:
@@ -32,20 +37,20 @@ def _names(attacks: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """The coefficient of one attack: over all models, over the DR-softmax models, over settings.
+    """The coefficient of one attack: over all models, over the DR-softmax models, over the settings of either.
 
     Attributes:
         models: All usable models.
         q_value: Benjamini-Hochberg q of ``models`` in the whole table.
         alone: The DR-softmax models.
-        alone_settings: How many weights those have.
+        alone_settings: A point per weight of those.
         settings: A point per loss and weight.
     """
 
     models: Correlation
     q_value: float
     alone: Correlation
-    alone_settings: int
+    alone_settings: Correlation
     settings: Correlation
 
 
@@ -61,8 +66,9 @@ def _failed_check(reading: Reading | None) -> str:
     if not _passes_over_models(reading):
         return "over all models"
     sign = math.copysign(1, reading.models.coefficient)
-    for name, part in (("DR-softmax models alone", reading.alone), ("settings", reading.settings)):
-        if not (sign * part.coefficient > 0 and part.p_value < ALPHA):
+    alone = sign * reading.alone.coefficient > 0
+    for name, part in (("DR-softmax models alone", reading.alone_settings), ("settings", reading.settings)):
+        if not (alone and sign * part.coefficient > 0 and part.p_value < ALPHA):
             return f"over the {name}"
     return ""
 
@@ -91,7 +97,7 @@ def _ruled_out(reading: Reading) -> str:
     if largest < MEANINGFUL_CORRELATION and abs(reading.settings.coefficient) < MEANINGFUL_CORRELATION:
         return f"the interval lies within ±{MEANINGFUL_CORRELATION:g}"
     limit = alone.ci_high if models.coefficient > 0 else -alone.ci_low
-    enough = alone.n >= MIN_MODELS and reading.alone_settings >= MIN_SETTINGS
+    enough = alone.n >= MIN_MODELS and reading.alone_settings.n >= MIN_SETTINGS
     if _passes_over_models(reading) and enough and limit < MEANINGFUL_CORRELATION:
         return (
             "no meaningful coefficient of that sign is left among the DR-softmax models alone, so that the difference "
@@ -139,10 +145,7 @@ def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -
     else:
         ruled_out = weak.verdict == NOT_SUPPORTED and (worst.verdict == NOT_SUPPORTED or not has_worst)
         verdict = NOT_SUPPORTED if ruled_out else INCONCLUSIVE
-    each = [
-        f"{name} {_SHORT.get(part.verdict, part.verdict)} ({part.reason})"
-        for name, part in (("weak attacks", weak), ("worst case", worst))
-    ]
+    each = [f"{name} {short(part.verdict)} ({part.reason})" for name, part in zip(SETS, (weak, worst), strict=True)]
     note = f"; {NOT_STRONG}" if verdict == WEAK_ONLY and not strong_suite else ""
     return Decision(verdict, ", ".join(each) + note, (weak.verdict, worst.verdict))
 

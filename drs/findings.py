@@ -102,12 +102,11 @@ def _reading(group: Group, attack: str) -> Reading | None:
         return None
     column = f"acc.{attack}"
     alone = select(group.models, loss=PRIMARY_LOSS)
-    complete = alone.reindex(columns=["loss_weight", _STATISTIC, column]).dropna()
     return Reading(
         models=as_correlation(row),
         q_value=float(row["q_value"]),
         alone=correlate(alone, _STATISTIC, column),
-        alone_settings=complete["loss_weight"].nunique(),
+        alone_settings=correlate_settings(alone, _STATISTIC, column),
         settings=correlate_settings(group.models, _STATISTIC, column),
     )
 
@@ -140,7 +139,9 @@ def _correlation_claim(group: Group) -> Finding:
     details = (
         f"Spearman's coefficient over {first.models.n} models: "
         + listed(lambda r: f"{evidence.coefficient(r.models)} (q {evidence.probability(r.q_value)})"),
-        f"over the {first.alone.n} DR-softmax models alone: " + listed(lambda r: evidence.coefficient_with_p(r.alone)),
+        f"over the {first.alone.n} DR-softmax models alone: " + listed(lambda r: evidence.coefficient(r.alone)),
+        f"over their {first.alone_settings.n} weights, seeds averaged: "
+        + listed(lambda r: evidence.coefficient_with_p(r.alone_settings)),
         f"over the {first.settings.n} settings, seeds averaged: "
         + listed(lambda r: evidence.coefficient_with_p(r.settings)),
         landing,

@@ -75,14 +75,14 @@ settings, a point per loss and weight that averages its seeds.
 
 - **C1. {STATEMENTS["C1"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with robust accuracy. An attack
   passes if three things hold. Over the models, the interval excludes 0 and the Benjamini–Hochberg q over the whole
-  table is below {ALPHA:g}. Over the DR-softmax models alone, the sign is the same and the permutation p is below
-  {ALPHA:g}; else a cluster of other models beside a cluster of DR-softmax models would be enough. Over the settings,
-  the sign is the same and the permutation p is below {ALPHA:g}. A correlation is ruled out for an attack if the
-  interval over the models and the coefficient over the settings lie within ±{MEANINGFUL_CORRELATION:g}; or if the
-  attack passes over the models, but over at least {MIN_MODELS} DR-softmax models of at least {MIN_SETTINGS} weights the
-  interval ends before {MEANINGFUL_CORRELATION:g} in that direction. The weak attacks and the worst case have a verdict
-  each: *{SUPPORTED}* if every attack passes, *{NOT_SUPPORTED}* if the correlation is ruled out for every attack, else
-  inconclusive. The claim is
+  table is below {ALPHA:g}. Over the DR-softmax models alone and over their weights, the sign is the same, and the
+  permutation p is below {ALPHA:g}; else a cluster of other models beside a cluster of DR-softmax models would be
+  enough. Over the settings, the sign is the same and the permutation p is below {ALPHA:g}. A correlation is ruled out
+  for an attack if the interval over the models and the coefficient over the settings lie within
+  ±{MEANINGFUL_CORRELATION:g}; or if the attack passes over the models, but over at least {MIN_MODELS} DR-softmax models
+  of at least {MIN_SETTINGS} weights the interval ends before {MEANINGFUL_CORRELATION:g} in that direction. The weak
+  attacks and the worst case have a verdict each: *{SUPPORTED}* if every attack passes, *{NOT_SUPPORTED}* if the
+  correlation is ruled out for every attack, else inconclusive. The claim is
   - *{SUPPORTED}*: it is for the weak attacks and for the worst case, and the strong attacks were run.
   - *{WEAK_ONLY}*: otherwise, if it is supported for the weak attacks.
   - *{NOT_SUPPORTED}*: it is neither for the weak attacks nor, where there is one, for the worst case.

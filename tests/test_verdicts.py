@@ -33,6 +33,7 @@ def _reading(
     settings: float = -0.9,
     *,
     q: float = 0.01,
+    weights: float | None = None,
     alone_p: float = 0.01,
     settings_p: float = 0.01,
     n: int = 24,
@@ -44,8 +45,8 @@ def _reading(
     return Reading(
         models=Correlation(n, *models, q / 2, NAN),
         q_value=q,
-        alone=Correlation(n_alone, *alone, alone_p, NAN),
-        alone_settings=n_weights,
+        alone=Correlation(n_alone, *alone, NAN, NAN),
+        alone_settings=Correlation(n_weights, alone[0] if weights is None else weights, NAN, NAN, alone_p, NAN),
         settings=Correlation(n_settings, settings, NAN, NAN, settings_p, NAN),
     )
 
@@ -67,6 +68,7 @@ NOTHING = _reading((0.05, -0.4, 0.4), (0.0, -0.45, 0.45), 0.1, q=0.8, alone_p=0.
         {"alone": (0.7, 0.4, 0.9)},
         {"alone": (NAN, NAN, NAN)},
         {"alone_p": 0.05},
+        {"weights": 0.7},
         {"settings": 0.9},
         {"settings": NAN},
         {"settings_p": 0.05},
