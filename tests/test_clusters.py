@@ -57,6 +57,10 @@ def _bound(share: float, studies: int) -> float:
     return float(3 * np.sqrt(share * (1 - share) / studies))
 
 
+def _pooled(table: pd.DataFrame) -> pd.Series:
+    return table[(table["data"] == "pooled") & (table["method"] == "spearman")].iloc[0]
+
+
 def _jackknife(observed: float, groups: list[np.ndarray]) -> np.ndarray:
     """Interval on the scale of z, from the left-out coefficients of each group."""
     variance = sum((len(own) - 1) * np.var(np.arctanh(own)) for own in groups)
@@ -81,7 +85,7 @@ def test_pooled_interval_leaves_a_setting_out_of_its_own_group() -> None:
     rng = np.random.default_rng(1)
     groups = [_pair(rng, 6, 0.6), _pair(rng, 5, 0.3, "cifar10"), _pair(rng, 4, 0.5, "digits").assign(**{ACCURACY: 0.5})]
     table = correlation_table(pd.concat(groups, ignore_index=True), **FAST)
-    row = table[(table["data"] == "pooled") & (table["method"] == "spearman")].iloc[0]
+    row = _pooled(table)
     used = groups[:2]
     n, each = [len(own) for own in used], [stats.spearmanr(own[STATISTIC], own[ACCURACY])[0] for own in used]
     pooled = np.average(each, weights=n)
@@ -238,20 +242,19 @@ def test_intervals_cover_for_every_number_of_settings(settings: int, relation: f
 
 
 def test_pooled_intervals_and_p_values_hold_where_seeds_resemble_each_other() -> None:
-    """Of 120 studies of two groups without a relation in either."""
-    rng, studies, held, hits, wrong = np.random.default_rng(9), 120, 0, 0, 0
-    for _ in range(studies):
-        models = pd.concat([_pair(rng, 6, 0.0), _pair(rng, 8, 0.0, "cifar10")], ignore_index=True)
-        rows = []
-        for view in (models, _as_independent(models)):
-            table = correlation_table(view, n_bootstrap=100, n_permutations=99)
-            rows.append(table[(table["data"] == "pooled") & (table["method"] == "spearman")].iloc[0])
-        held += rows[0]["ci_low"] <= 0 <= rows[0]["ci_high"]
-        hits += rows[0]["p_value"] <= 0.05
-        wrong += rows[1]["p_value"] <= 0.05
+    """Of 80 studies of two groups without a relation in either."""
+    rng, studies, held, hits, wrong = np.random.default_rng(9), 80, 0, 0, []
+    for study in range(studies):
+        models = pd.concat([_pair(rng, 8, 0.0), _pair(rng, 9, 0.0, "cifar10")], ignore_index=True)
+        row = _pooled(correlation_table(models, n_permutations=99))
+        held += row["ci_low"] <= 0 <= row["ci_high"]
+        hits += row["p_value"] <= 0.05
+        if study < 20:
+            table = correlation_table(_as_independent(models), n_bootstrap=1, n_permutations=99)
+            wrong.append(_pooled(table)["p_value"] <= 0.05)
     assert held / studies >= 0.95 - _bound(0.95, studies)
     assert hits / studies <= 0.05 + _bound(0.05, studies)
-    assert wrong / studies > 0.2
+    assert np.mean(wrong) > 0.2
 
 
 def test_partial_intervals_and_p_values_hold_where_seeds_resemble_each_other() -> None:
@@ -276,7 +279,7 @@ def test_partial_intervals_and_p_values_hold_where_seeds_resemble_each_other() -
 
 
 def test_the_correction_holds_the_false_discovery_rate_where_seeds_resemble_each_other() -> None:
-    """Four true relations among twelve tests of twelve settings: of what q < 0.2 finds, 0.2 * 8 / 12 is false at most."""
+    """Four true relations among twelve tests of twelve settings: of what q < 0.2 finds, 0.2 * 8 / 12 is false."""
     level, studies, rng = 0.2, 60, np.random.default_rng(11)
     names = [*(f"stat.true{i}" for i in range(4)), *(f"stat.null{i}" for i in range(8)), ACCURACY]
     covariance = np.eye(13)
@@ -284,9 +287,10 @@ def test_the_correction_holds_the_false_discovery_rate_where_seeds_resemble_each
     covariance[:4, 12] = covariance[12, :4] = 0.8
     rates: dict[str, list[float]] = {"settings": [], "models": []}
     power = []
-    for _ in range(studies):
+    for study in range(studies):
         models = _study(rng, 12, covariance, names)
-        for name, view in (("settings", models), ("models", _as_independent(models))):
+        views = {"settings": models} | ({"models": _as_independent(models)} if study < 20 else {})
+        for name, view in views.items():
             table = correlation_table(view, n_bootstrap=1, n_permutations=199)
             table = table[table["method"] == "spearman"]
             found, true = table["q_value"] < level, table["statistic"].str.startswith("true")
