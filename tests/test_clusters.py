@@ -6,6 +6,7 @@ follow from the correlation r: 6 / pi * arcsin(r / 2) of Spearman, 2 / pi * arcs
 """
 
 from collections.abc import Callable
+from itertools import permutations, product
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,23 @@ def test_pooled_interval_leaves_a_setting_out_of_its_own_group() -> None:
     assert (row["n_models"], row["n_settings"], row["n_draws"]) == (sum(n), 11, 11)
     assert row["coefficient"] == pytest.approx(pooled)
     np.testing.assert_allclose([row["ci_low"], row["ci_high"]], _jackknife(pooled, left_out))
+
+
+def test_pooled_p_is_of_all_orders_within_groups() -> None:
+    """Three settings and four: of all 6 * 24 pairs of orders, each as likely as another."""
+    rng = np.random.default_rng(12)
+    groups = [_pair(rng, 3, 0.9), _pair(rng, 4, 0.3, "cifar10")]
+    row = _pooled(correlation_table(pd.concat(groups, ignore_index=True), n_permutations=9999))
+    values = []
+    for own in groups:
+        x, y = own.groupby("loss_weight")[[STATISTIC, ACCURACY]].mean().to_numpy().T
+        values.append([stats.spearmanr(x, order)[0] for order in permutations(y)])
+    n = [len(own) for own in groups]
+    pooled = np.array([np.average(pair, weights=n) for pair in product(*values)])
+    exact = np.mean(np.abs(pooled) >= abs(pooled[0]) - 1e-12)
+    assert row["settings_coefficient"] == pytest.approx(pooled[0])
+    assert 0.05 < exact < 0.6
+    assert row["p_value"] == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 9999))
 
 
 def test_p_is_of_all_orders_of_the_settings_means() -> None:

@@ -135,8 +135,8 @@ def test_two_clusters_make_a_plain_correlation_and_no_granulated_one() -> None:
 def test_intervals_of_granulated_coefficients_cover(noise: float) -> None:
     """Six weights with fixed effects, four seeds; the truth is that of 20,000 seeds.
 
-    From above, too: of the intervals for 50 % (t of 0.75 in place of t of 0.975, about a quarter as wide), which held the
-    truth in 50 to 52 % of 200 studies on the axis ``weight`` and in 54 to 60 % on the others, where a jackknife of
+    From above, too: of the intervals for 50 % (t of 0.75 in place of t of 0.975, about a quarter as wide), which held
+    the truth in 50 to 52 % of 200 studies on the axis ``weight`` and in 54 to 60 % on the others, where a jackknife of
     signs is somewhat too wide. Intervals twice as wide would hold it in about 78 %.
     """
     rng, studies = np.random.default_rng(15), 100
