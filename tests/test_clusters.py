@@ -106,7 +106,7 @@ def test_pooled_interval_leaves_a_setting_out_of_its_own_group() -> None:
 
 def test_pooled_p_is_of_all_orders_within_groups() -> None:
     """Three settings and four: of all 6 * 24 pairs of orders, each as likely as another."""
-    rng = np.random.default_rng(12)
+    rng = np.random.default_rng(15)
     groups = [_pair(rng, 3, 0.9), _pair(rng, 4, 0.3, "cifar10")]
     row = _pooled(correlation_table(pd.concat(groups, ignore_index=True), n_permutations=9999))
     values = []
