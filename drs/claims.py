@@ -10,6 +10,7 @@ import pandas as pd
 
 from drs import findings as other_findings
 from drs import gain_findings
+from drs.correlation_verdicts import SETS, short
 from drs.evidence import sentences
 from drs.findings import Finding, Group, as_correlation, select, spearman
 from drs.image_outcomes import GroupOutcomes
@@ -32,6 +33,15 @@ def _row(claim: str, finding: Finding, data: str, model: str) -> dict[str, Any]:
     return dict(zip(COLUMNS, (*values, finding.n_images), strict=True))
 
 
+def _sets(decisions: list[Decision]) -> str:
+    """Say the verdicts on weak attacks and on the worst case that the decisions have, over all of them."""
+    own = [decision.sets for decision in decisions if decision.sets]
+    each = [
+        f"{name} {short(least_favourable(found))}" for name, found in zip(SETS, zip(*own, strict=True), strict=False)
+    ]
+    return ", ".join(each)
+
+
 def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFrame, strong_suite: bool) -> Finding:
     if not findings:
         return Finding(Decision(INCONCLUSIVE, "no finished model"))
@@ -39,9 +49,10 @@ def _overall(claim: str, findings: dict[str, Finding], correlations: pd.DataFram
     if len(findings) == 1:
         ((name, finding),) = findings.items()
         return finding._replace(details=(f"the only group is {name}",))
-    decision = Decision(
-        verdict, "by group: " + "; ".join(f"{name} {finding.decision.verdict}" for name, finding in findings.items())
-    )
+    decisions = {name: finding.decision for name, finding in findings.items()}
+    by_group = [f"{name} {own.verdict}" + (f": {_sets([own])}" if own.sets else "") for name, own in decisions.items()]
+    reason = sentences([_sets(list(decisions.values())), "by group: " + "; ".join(by_group)])
+    decision = Decision(verdict, reason.removesuffix("."))
     attack = {"C1": DECISIVE_WORST if strong_suite else DECISIVE_WEAK, "C4": "clean"}.get(claim, "")
     pooled = spearman(select(correlations, data="pooled", model="pooled"), attack)
     if pooled is not None and not pd.isna(pooled["coefficient"]):

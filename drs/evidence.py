@@ -1,7 +1,7 @@
 """Figures -> the words in which the claims table gives its evidence."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from drs.correlation import Correlation
 
@@ -10,6 +10,11 @@ def number(value: float, digits: int = 2) -> str:
     """Write a number with a fixed number of decimals, and zero without a sign."""
     text = f"{value:.{digits}f}"
     return text.lstrip("-") if float(text) == 0 else text
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Write names as a list: ``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def probability(value: float) -> str:

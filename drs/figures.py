@@ -73,7 +73,7 @@ def statistic_vs_accuracy(
     Args:
         models: models.csv; robust accuracy is the mean over the finite epsilons of an attack (``acc.<attack>@mean``).
         accuracy: accuracy.csv, for the epsilons and the number of attacked samples.
-        correlations: correlations.csv, for Spearman's coefficient in the panel titles (interval over models).
+        correlations: correlations.csv, for Spearman's coefficient in the panel titles, with its interval.
         statistic: Name without ``stat.``.
         data: Dataset of the models drawn.
         model: Architecture of the models drawn.

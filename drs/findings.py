@@ -12,6 +12,7 @@ import pandas as pd
 
 from drs import evidence
 from drs.correlation import Correlation, correlate, correlate_settings
+from drs.correlation_verdicts import Reading, decide_clean, decide_correlation
 from drs.image_outcomes import GroupOutcomes
 from drs.paired import BASELINE
 from drs.selection import usable_models
@@ -26,9 +27,6 @@ from drs.verdicts import (
     WEAK_ATTACKS,
     WORST_CASES,
     Decision,
-    Reading,
-    decide_clean,
-    decide_correlation,
     decide_time,
 )
 
@@ -85,10 +83,10 @@ def spearman(correlations: pd.DataFrame, attack: str, statistic: str = PRIMARY_S
     return None if rows.empty else rows.iloc[0]
 
 
-def as_correlation(row: pd.Series, p_greater: float = _NAN) -> Correlation:
-    """Read a row of correlations.csv."""
+def as_correlation(row: pd.Series) -> Correlation:
+    """Read a row of correlations.csv, which has no one-sided p."""
     coefficient, low, high, p = (float(row[name]) for name in ("coefficient", "ci_low", "ci_high", "p_value"))
-    return Correlation(int(row["n_models"]), coefficient, low, high, p, p_greater)
+    return Correlation(int(row["n_models"]), coefficient, low, high, p, _NAN)
 
 
 def _reading(group: Group, attack: str) -> Reading | None:
@@ -97,12 +95,11 @@ def _reading(group: Group, attack: str) -> Reading | None:
         return None
     column = f"acc.{attack}"
     alone = select(group.models, loss=PRIMARY_LOSS)
-    complete = alone.reindex(columns=["loss_weight", _STATISTIC, column]).dropna()
     return Reading(
         models=as_correlation(row),
         q_value=float(row["q_value"]),
         alone=correlate(alone, _STATISTIC, column),
-        alone_settings=complete["loss_weight"].nunique(),
+        alone_settings=correlate_settings(alone, _STATISTIC, column),
         settings=correlate_settings(group.models, _STATISTIC, column),
     )
 
@@ -135,7 +132,9 @@ def _correlation_claim(group: Group) -> Finding:
     details = (
         f"Spearman's coefficient over {first.models.n} models: "
         + listed(lambda r: f"{evidence.coefficient(r.models)} (q {evidence.probability(r.q_value)})"),
-        f"over the {first.alone.n} DR-softmax models alone: " + listed(lambda r: evidence.coefficient_with_p(r.alone)),
+        f"over the {first.alone.n} DR-softmax models alone: " + listed(lambda r: evidence.coefficient(r.alone)),
+        f"over their {first.alone_settings.n} weights, seeds averaged: "
+        + listed(lambda r: evidence.coefficient_with_p(r.alone_settings)),
         f"over the {first.settings.n} settings, seeds averaged: "
         + listed(lambda r: evidence.coefficient_with_p(r.settings)),
         landing,
@@ -176,7 +175,7 @@ def _clean_claim(group: Group) -> Finding:
     row = spearman(group.correlations, "clean")
     if row is None:
         return Finding(Decision(INCONCLUSIVE, "no coefficient with clean accuracy"), n=len(group.models))
-    models = as_correlation(row, correlate(group.models, _STATISTIC, "clean_accuracy").p_greater)
+    models = as_correlation(row)
     settings = correlate_settings(group.models, _STATISTIC, "clean_accuracy")
     others = []
     for name in ("nonlabel_cv", "nonlabel_entropy"):
@@ -184,8 +183,7 @@ def _clean_claim(group: Group) -> Finding:
         others.append(f"{name} {evidence.coefficient(None if other is None else as_correlation(other))}")
     over_settings = "no coefficient" if math.isnan(settings.coefficient) else evidence.number(settings.coefficient)
     details = (
-        f"Spearman's coefficient over {models.n} models: {evidence.coefficient(models)}, one-sided p "
-        f"{evidence.probability(models.p_greater)}",
+        f"Spearman's coefficient over {models.n} models: {evidence.coefficient(models)}",
         f"over the {settings.n} settings, seeds averaged: {over_settings}, one-sided p "
         f"{evidence.probability(settings.p_greater)}",
         f"other readings of stochasticity: {others[0]}; {others[1]} (high where the distribution is even)",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,3 +105,9 @@ def whole(value: float) -> str:
 def group_name(data: object, model: object) -> str:
     """Write a (data, model) pair as ``mnist/lenet``; ``pooled`` and ``all`` stand for themselves."""
     return escape(data if data == model else f"{data}/{model}")
+
+
+def model_count(row: Any) -> str:
+    """Write how many models a coefficient is of, and of how many settings; tables of before did not count these."""
+    settings = getattr(row, "n_settings", row.n_models)
+    return f"{row.n_models}" + (f" in {int(settings)} settings" if settings != row.n_models else "")

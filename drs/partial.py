@@ -2,7 +2,8 @@
 
 The ranks of a statistic and of an accuracy are each regressed on the ranks of the controls; the coefficient is the
 correlation of the residuals. It asks whether a statistic says more about robustness than the controls do already. As
-in ``drs.correlation`` the unit is the trained model, and intervals and p-values take models as independent draws.
+in ``drs.correlation`` the unit of a coefficient is the trained model, and intervals and p-values are over settings, of
+which seeds are replicates.
 """
 
 import zlib
@@ -13,26 +14,20 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from drs.coefficients import (
-    Array,
-    bca_interval,
-    chunks,
-    coefficients,
-    draw_counts,
-    draw_permutations,
-    permutation_p,
-)
+from drs.clusters import Index, jackknife_interval, membership, setting_index, setting_means, setting_orders
+from drs.coefficients import Array, bca_interval, chunks, coefficients, draw_counts, permutation_p
 from drs.correlation import benjamini_hochberg
 from drs.selection import accuracy_columns, group_models, standard_models
 
 CONTROLS = {"clean_accuracy": "clean_accuracy", "margin": "stat.margin", "logit_norm": "stat.logit_norm"}
 CONTROL_SETS: tuple[tuple[str, ...], ...] = (tuple(CONTROLS), *((name,) for name in CONTROLS))
 ALL_CONTROLS = "+".join(CONTROLS)
-SPARE_MODELS = 5  # models needed beyond the number of controls
+SPARE_MODELS = 5  # models needed beyond the number of controls, and settings for a p-value
 COLUMNS = [
     "data", "model", "statistic", "attack", "controls", "n_models", "coefficient", "ci_low", "ci_high", "p_value",
-    "q_value",
+    "q_value", "n_settings", "settings_coefficient",
 ]  # fmt: skip
+_NUMBERS = ("coefficient", "ci_low", "ci_high", "p_value", "settings_coefficient")
 _COLLINEAR = 1e-9  # a column of ranks with less than this share of its variance left is a function of the controls
 
 
@@ -105,36 +100,59 @@ def freedman_lane(controls: Array, left: Array, right: Array, orders: NDArray[np
     return np.divide(numerator, lengths, out=np.zeros_like(numerator), where=lengths > 0)
 
 
+def _interval(observed: Array, draws: Array, left_out: Array, n_settings: int) -> tuple[Array, Array]:
+    """Return the interval of a bootstrap over models if there are draws, else of a jackknife over settings."""
+    if not len(draws):
+        counts = np.full(observed.shape, float(n_settings))
+        return jackknife_interval(observed, [left_out], [counts])
+    known = np.isfinite(left_out)
+    mean = np.where(known, left_out, 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return bca_interval(observed, draws, mean - left_out)
+
+
 def _part(
-    values: tuple[Array, Array, Array], sets: list[list[int]], n_bootstrap: int, n_permutations: int, seed: list[int]
+    values: tuple[Array, Array, Array],
+    index: Index,
+    sets: list[list[int]],
+    n_bootstrap: int,
+    n_permutations: int,
+    seed: list[int],
 ) -> list[dict[str, Array]]:
-    """Return coefficient, interval and p ``[S, A]`` for each set of controls, of complete rows."""
+    """Return ``_NUMBERS`` ``[S, A]`` for each set of controls, of complete rows, whose settings ``index`` numbers."""
     controls, left, right = values
     n, n_left = len(controls), left.shape[1]
     first = controls.shape[1]
     rng = np.random.default_rng(seed)
-    every = np.column_stack(values)
-    counts = {"observed": np.ones((1, n)), "draws": draw_counts(n, n_bootstrap, rng), "left_out": 1 - np.eye(n)}
-    spearman = {name: coefficients(every, every, own, ("spearman",))["spearman"] for name, own in counts.items()}
-    orders = draw_permutations(n, n_permutations, rng)
+    every, members = np.column_stack(values), membership(index)
+    k = len(members)
+    means = [setting_means(side, members) for side in (every, *values)]
+    counts = {"observed": np.ones((1, n)), "draws": draw_counts(n, n_bootstrap if k == n else 0, rng)}
+    counts["left_out"] = 1 - members if k > 1 else np.empty((0, n))
+    spearman = {
+        name: coefficients(every, every, own, ("spearman",))["spearman"] for name, own in counts.items() if len(own)
+    }
+    spearman["settings"] = coefficients(means[0], means[0], methods=("spearman",))["spearman"]
+    orders = setting_orders(k, n_permutations, rng)
+    none = np.empty((0, n_left, right.shape[1]))
     results = []
     for chosen in sets:
+        missing = np.full((n_left, right.shape[1]), np.nan)
+        result = dict.fromkeys(_NUMBERS, missing)
+        results.append(result)
         if n < len(chosen) + SPARE_MODELS:
-            missing = np.full((n_left, right.shape[1]), np.nan)
-            results.append(dict.fromkeys(("coefficient", "ci_low", "ci_high", "p_value"), missing))
             continue
         picked = [*chosen, *range(first, every.shape[1])]
         found = {
             name: partial_from_correlations(matrices[:, picked][:, :, picked], len(chosen), n_left)
             for name, matrices in spearman.items()
         }
-        observed = found["observed"][0]
-        known = np.isfinite(found["left_out"])
-        mean = np.where(known, found["left_out"], 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-        low, high = bca_interval(observed, found["draws"], mean - found["left_out"])
-        permuted = freedman_lane(controls[:, chosen], left, right, orders)
-        p_value = permutation_p(observed, permuted)
-        results.append({"coefficient": observed, "ci_low": low, "ci_high": high, "p_value": p_value})
+        observed = result["coefficient"] = found["observed"][0]
+        draws, left_out = (found.get(name, none) for name in ("draws", "left_out"))
+        result["ci_low"], result["ci_high"] = _interval(observed, draws, left_out, k)
+        if k >= len(chosen) + SPARE_MODELS:
+            settings = result["settings_coefficient"] = found["settings"][0]
+            permuted = freedman_lane(means[1][:, chosen], means[2], means[3], orders)
+            result["p_value"] = permutation_p(settings, permuted)
     return results
 
 
@@ -153,25 +171,28 @@ def _group_rows(
     has_controls = ~np.isnan(controls).any(axis=1)
     indices = [[names.index(name) for name in chosen] for chosen in sets]
     shape = (len(sets), len(statistics), len(attacks))
-    table = {name: np.full(shape, np.nan) for name in ("coefficient", "ci_low", "ci_high", "p_value")}
-    n_models = np.zeros(shape, dtype=np.int64)
+    table = {name: np.full(shape, np.nan) for name in _NUMBERS}
+    n_models, n_settings = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    index = setting_index(rows)
     # Columns that miss the same models are resampled together.
     patterns = [np.unique(np.isnan(side), axis=1, return_inverse=True)[1].ravel() for side in (left, right)]
     for i, j in product(np.unique(patterns[0]), np.unique(patterns[1])):
         own_left, own_right = np.flatnonzero(patterns[0] == i), np.flatnonzero(patterns[1] == j)
         kept = has_controls & ~np.isnan(left[:, own_left[0]]) & ~np.isnan(right[:, own_right[0]])
         n_models[:, own_left[:, None], own_right] = kept.sum()
+        n_settings[:, own_left[:, None], own_right] = len(np.unique(index[kept]))
         if kept.sum() < 1 + SPARE_MODELS:
             continue
-        parts = _part((controls[kept], left[kept][:, own_left], right[kept][:, own_right]), indices, *draws, seed)
+        values = controls[kept], left[kept][:, own_left], right[kept][:, own_right]
+        parts = _part(values, index[kept], indices, *draws, seed)
         for position, part in enumerate(parts):
-            for name, values in part.items():
-                table[name][position, own_left[:, None], own_right] = values
-    index = pd.MultiIndex.from_product(
+            for name, numbers in part.items():
+                table[name][position, own_left[:, None], own_right] = numbers
+    names_of = pd.MultiIndex.from_product(
         [["+".join(chosen) for chosen in sets], statistics, list(attacks)], names=["controls", "statistic", "attack"]
     )
-    columns = {"n_models": n_models.ravel(), **{name: values.ravel() for name, values in table.items()}}
-    result = pd.DataFrame(columns, index=index).reset_index()
+    columns = {"n_models": n_models, "n_settings": n_settings, **table}
+    result = pd.DataFrame({name: v.ravel() for name, v in columns.items()}, index=names_of).reset_index()
     return result[result["n_models"] > 0]
 
 
@@ -183,9 +204,13 @@ def partial_correlation_table(
     Args:
         models: A row per model: ``data``, ``model``, ``stat.<statistic>``, ``acc.<attack>@mean``, the controls
             (the columns in ``CONTROLS``), and optionally ``excluded`` and ``procedure``. Only usable models of the
-            standard procedure count.
-        n_bootstrap: Resamples of models for the 95 % intervals (bias-corrected and accelerated), ranked anew.
-        n_permutations: Random orders for the two-sided p (``freedman_lane``).
+            standard procedure count. ``loss`` and ``loss_weight`` say which models share a setting; without them each
+            is a setting of its own.
+        n_bootstrap: Resamples of models for the 95 % intervals (bias-corrected and accelerated), ranked anew, of groups
+            in which every setting has one model; those of other groups leave out one setting at a time
+            (``drs.clusters.jackknife_interval``).
+        n_permutations: Random orders of the settings' means for the two-sided p (``freedman_lane``); of up to
+            ``drs.clusters.ALL_ORDERS`` settings, all.
         seed: Of the resamples; a group's numbers do not depend on which other groups there are.
 
     Returns:
@@ -193,9 +218,10 @@ def partial_correlation_table(
         set of controls: all three, and each alone; a set whose columns are absent has no row. A model without one
         of the controls counts nowhere, so that the sets of controls describe the same models. With fewer than
         ``n_controls + SPARE_MODELS`` models, or where the regression is degenerate (collinear controls, a constant
-        column, a statistic that the controls determine), everything after ``n_models`` is NaN and stays out of the
-        correction; where that happens in more than half of the resamples, there is no interval. ``q_value`` is
-        Benjamini-Hochberg over the whole table.
+        column, a statistic that the controls determine), the numbers are NaN and stay out of the correction; where that
+        happens in more than half of the resamples, there is no interval. With fewer than ``n_controls + SPARE_MODELS``
+        settings there is no p, which tests ``settings_coefficient``, the coefficient of the settings' means.
+        ``q_value`` is Benjamini-Hochberg over the whole table.
     """
     usable = standard_models(models)
     statistics = [str(column).removeprefix("stat.") for column in models if str(column).startswith("stat.")]

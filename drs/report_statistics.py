@@ -17,7 +17,7 @@ from drs.figure_style import (
     records,
     span,
 )
-from drs.markdown import NONE, escape, fixed, group_name, interval, mean_sd, probability, table, whole
+from drs.markdown import NONE, escape, fixed, group_name, interval, mean_sd, model_count, probability, table, whole
 from drs.partial import ALL_CONTROLS, CONTROLS
 from drs.verdicts import PRIMARY_STATISTIC
 
@@ -72,7 +72,7 @@ def partial_section(partial: pd.DataFrame) -> str:
             whole_set = own.get(ALL_CONTROLS)
             if own:
                 primary.append(
-                    [*named, str(next(iter(own.values())).n_models), _coefficient(whole_set)]
+                    [*named, model_count(next(iter(own.values()))), _coefficient(whole_set)]
                     + [probability(whole_set.p_value if whole_set else float("nan"))]
                     + [probability(whole_set.q_value if whole_set else float("nan"))]
                     + [_coefficient(own.get(name), bounds=False) for name in CONTROLS]
@@ -80,13 +80,13 @@ def partial_section(partial: pd.DataFrame) -> str:
             best = _strongest_other(cells[cells["controls"] == ALL_CONTROLS])
             if best is not None:
                 others.append(
-                    [*named, escape(best.statistic), str(best.n_models), _coefficient(best), probability(best.q_value)]
+                    [*named, escape(best.statistic), model_count(best), _coefficient(best), probability(best.q_value)]
                 )
     intro = (
         "Does the statistic say more about robustness than clean accuracy, margin and logit norm say already? "
-        "Spearman's partial correlation over models: near 0, what the controls leave over is unrelated. Bootstrap "
-        "95 % intervals, Freedman–Lane permutation p, Benjamini–Hochberg q over tables/partial_correlations.csv; like "
-        "the plain ones they take models as independent."
+        "Spearman's partial correlation over models: near 0, what the controls leave over is unrelated. Like those of "
+        "the plain ones, 95 % intervals and Freedman–Lane permutation p are over settings, which seeds only repeat; "
+        "Benjamini–Hochberg q over tables/partial_correlations.csv. With few settings and many controls there is no p."
     )
     headers = ["group", "accuracy", "n", "given all three", "p", "q", "given clean accuracy", "given margin"]
     other_headers = ["group", "accuracy", "strongest other", "n", "given all three", "q"]

@@ -28,6 +28,7 @@ from drs.markdown import (
     group_name,
     interval,
     mean_sd,
+    model_count,
     percent,
     probability,
     significant,
@@ -187,7 +188,7 @@ def correlations_section(correlations: pd.DataFrame) -> str:
             spearman = own.get("spearman")
             if spearman is not None:
                 primary.append(
-                    [group_name(data, model), attack_label(attack.removesuffix("@mean")), str(spearman.n_models)]
+                    [group_name(data, model), attack_label(attack.removesuffix("@mean")), model_count(spearman)]
                     + [_coefficient(own.get(method)) for method in ("spearman", "pearson", "kendall")]
                     + [probability(spearman.p_value), probability(spearman.q_value)]
                 )
@@ -197,13 +198,14 @@ def correlations_section(correlations: pd.DataFrame) -> str:
                 best = records(others.loc[[others["coefficient"].abs().idxmax()]])[0]
                 strongest.append(
                     [group_name(data, model), attack_label(attack.removesuffix("@mean")), escape(best.statistic)]
-                    + [str(best.n_models), _coefficient(best), probability(best.q_value)]
+                    + [model_count(best), _coefficient(best), probability(best.q_value)]
                 )
     intro = (
         "Over models, not samples: mean statistic on clean samples against accuracy (attacks: mean over epsilons), "
-        "bootstrap 95 % intervals, permutation p, Benjamini–Hochberg q over the table (p and q: Spearman). "
-        "Intervals, p and q take models as independent; where the seeds of a setting resemble each other they "
-        "promise too much, which the verdicts allow for. All statistics and epsilons are in tables/correlations.csv."
+        "with 95 % intervals, permutation p, and Benjamini–Hochberg q over the table (p and q: Spearman). Seeds of a "
+        "setting are replicates: intervals leave out one setting at a time, by a jackknife, and p permutes the "
+        "settings' means; only where every setting has one model they are a bootstrap over models. All statistics and "
+        "epsilons are in tables/correlations.csv."
     )
     headers = ["group", "accuracy", "n", "Spearman", "Pearson", "Kendall", "p", "q"]
     other_headers = ["group", "accuracy", "strongest other", "n", "Spearman", "q"]

@@ -1,14 +1,14 @@
 """The rules that decide the claims, fixed before a study is run: constants, code, and the text that a report prints.
 
 Each function takes the figures of one group (a dataset and an architecture) and returns a verdict with its reason.
+Those of the claims about correlations, C1 and C4, are in ``drs.correlation_verdicts``.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from drs.correlation import Correlation
+from drs import evidence
 from drs.masking import MASKING_CHECKS, Survival
 
 PRIMARY_STATISTIC = "nonlabel_var_log"  # what the loss restrains
@@ -52,41 +52,43 @@ STATEMENTS = {
     "C5": "The gain is not gradient masking.",
 }
 
-_NOT_STRONG = "the strong attacks were not run, so no better verdict was possible"
+NOT_STRONG = "the strong attacks were not run, so no better verdict was possible"
 
 
 def _names(attacks: Sequence[str]) -> str:
-    names = [NAMES[attack] for attack in attacks]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return evidence.enumerated([NAMES[attack] for attack in attacks])
 
 
 _SMALL = f"fewer than {MIN_MODELS} models or {MIN_SETTINGS} settings"
 RULES = f"""\
-These rules were fixed before the study was run. A verdict is *{SUPPORTED}*, *{WEAK_ONLY}*, *{NOT_SUPPORTED}* or
+These rules were fixed before the study was run, but for what is called changed. A verdict is
+*{SUPPORTED}*, *{WEAK_ONLY}*, *{NOT_SUPPORTED}* or
 *{INCONCLUSIVE}*. Each group, a dataset and an architecture, is decided by itself; excluded models never count. Attacks
 are read at the mean of their finite epsilons; with the strong attacks, a worst case is read at the mean of the decisive
 epsilons, where those attacks ran. The weak attacks are {_names(WEAK_ATTACKS)}; the worst case is per sample over all
 attacks of a norm, Linf and L2. Unless the strong attacks were run, no claim about robustness (C1, C2) gets better than
 *{WEAK_ONLY}*, and C5 stays open. Correlations (C1, C4) are over models of the standard training procedure, whatever
 their loss; adversarial training and TRADES are points of reference for cost. Intervals are 95 %. A set of attacks
-passes only if every attack in it passes, so reading several needs no further correction. Intervals and q of
-coefficients take models as independent; where the seeds of a setting resemble each other they promise too much, which
-is why C1 and C4 also ask the settings.
+passes only if every attack in it passes, so reading several needs no further correction. Seeds of one setting, a loss
+and its weight, are replicates: intervals of coefficients leave out whole settings, and permutation p-values move whole
+settings, a point per loss and weight that averages its seeds.
 
 - **C1. {STATEMENTS["C1"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with robust accuracy. An attack
-  passes if three things hold. Over the models, the bootstrap interval excludes 0 and the Benjamini–Hochberg q over the
-  whole table is below {ALPHA:g}. Over the DR-softmax models alone, the sign is the same and the permutation p is below
-  {ALPHA:g}; else a cluster of other models beside a cluster of DR-softmax models would be enough. Over the settings, a
-  point per loss and weight that averages its seeds, the sign is the same and the permutation p is below {ALPHA:g};
-  seeds of one setting are replicates, and without this check a chance difference between settings, repeated at every
-  seed, would be enough.
-  - *{SUPPORTED}*: weak attacks and worst cases pass, and the strong attacks were run.
-  - *{WEAK_ONLY}*: otherwise, if the weak attacks pass.
-  - *{NOT_SUPPORTED}*: neither set passes, and for PGD the interval over the models and the coefficient over the
-    settings lie within ±{MEANINGFUL_CORRELATION:g}; or PGD passes over the models, but over at least {MIN_MODELS}
-    DR-softmax models of at least {MIN_SETTINGS} weights the interval ends before {MEANINGFUL_CORRELATION:g} in that
-    direction.
+  passes if three things hold. Over the models, the interval excludes 0 and the Benjamini–Hochberg q over the whole
+  table is below {ALPHA:g}. Over the DR-softmax models alone and over their weights, the sign is the same, and the
+  permutation p is below {ALPHA:g}; else a cluster of other models beside a cluster of DR-softmax models would be
+  enough. Over the settings, the sign is the same and the permutation p is below {ALPHA:g}. A correlation is ruled out
+  for an attack if the interval over the models and the coefficient over the settings lie within
+  ±{MEANINGFUL_CORRELATION:g}; or if the attack passes over the models, but over at least {MIN_MODELS} DR-softmax models
+  of at least {MIN_SETTINGS} weights the interval ends before {MEANINGFUL_CORRELATION:g} in that direction. The weak
+  attacks and the worst case have a verdict each: *{SUPPORTED}* if every attack passes, *{NOT_SUPPORTED}* if the
+  correlation is ruled out for every attack, else inconclusive. The claim is
+  - *{SUPPORTED}*: it is for the weak attacks and for the worst case, and the strong attacks were run.
+  - *{WEAK_ONLY}*: otherwise, if it is supported for the weak attacks.
+  - *{NOT_SUPPORTED}*: it is neither for the weak attacks nor, where there is one, for the worst case.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
+  - Changed after the study was first run: intervals and q took models as independent, though the seeds of a setting are
+    alike, and so were too narrow; and PGD alone decided what is *{NOT_SUPPORTED}*, whatever the worst case showed.
 - **C2. {STATEMENTS["C2"]}** Difference in robust accuracy between DR-softmax at weight {PRIMARY_WEIGHT:g} (the
   authors' first published value) and cross-entropy, paired by seed. An attack passes if the interval over seeds and
   images, which holds for other seeds and other images, lies above 0, from at least {MIN_PAIRS} pairs.
@@ -98,12 +100,14 @@ is why C1 and C4 also ask the settings.
   cross-entropy, steps interleaved, bootstrap interval.
   - *{SUPPORTED}*: the interval lies below {TIME_BUDGET:g}. *{NOT_SUPPORTED}*: it lies above. *{INCONCLUSIVE}*: it
     contains {TIME_BUDGET:g}.
-- **C4. {STATEMENTS["C4"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with clean accuracy, with
-  one-sided permutation p-values against a positive one, over the models and over the settings.
-  - *{NOT_SUPPORTED}*: both p-values are below {ALPHA:g}.
-  - *{SUPPORTED}*: neither is, and both the interval over the models and the coefficient over the settings end below
+- **C4. {STATEMENTS["C4"]}** Spearman's coefficient of the mean `{PRIMARY_STATISTIC}` with clean accuracy, and over the
+  settings a one-sided permutation p against a positive one.
+  - *{NOT_SUPPORTED}*: p is below {ALPHA:g}, and the coefficient over the models is positive, too.
+  - *{SUPPORTED}*: p is not, and both the interval over the models and the coefficient over the settings end below
     {MEANINGFUL_CORRELATION:g}.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
+  - Changed after the study was first run: the interval took models as independent, and a second p, over models, which
+    did so, too, had to be below {ALPHA:g} as well.
 - **C5. {STATEMENTS["C5"]}** DR-softmax at weight {PRIMARY_WEIGHT:g} and cross-entropy paired by seed, on the decisive
   samples and epsilons in Linf: the gain under PGD, the gain under the worst case, and the share of the first that is
   left in the second, with intervals over seeds and images, Fieller's for the share. A masking check is one that an
@@ -133,29 +137,11 @@ def pairs_of_seeds(count: int) -> str:
 
 
 class Decision(NamedTuple):
-    """A verdict and the one sentence that says why."""
+    """A verdict and the one sentence that says why; of C1 also the verdicts on weak attacks and on the worst case."""
 
     verdict: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The coefficient of one attack: over all models, over the DR-softmax models, over settings.
-
-    Attributes:
-        models: All usable models.
-        q_value: Benjamini-Hochberg q of ``models`` in the whole table.
-        alone: The DR-softmax models.
-        alone_settings: How many weights those have.
-        settings: A point per loss and weight.
-    """
-
-    models: Correlation
-    q_value: float
-    alone: Correlation
-    alone_settings: int
-    settings: Correlation
+    sets: tuple[str, ...] = ()
 
 
 class Difference(NamedTuple):
@@ -165,75 +151,6 @@ class Difference(NamedTuple):
     difference: float
     ci_low: float
     ci_high: float
-
-
-def _passes_over_models(reading: Reading) -> bool:
-    interval = reading.models
-    return (interval.ci_low > 0 or interval.ci_high < 0) and reading.q_value < ALPHA
-
-
-def _failed_check(reading: Reading | None) -> str:
-    """Name the first check that the coefficient of an attack fails, or nothing."""
-    if reading is None or math.isnan(reading.models.coefficient):
-        return "(no coefficient)"
-    if not _passes_over_models(reading):
-        return "over all models"
-    sign = math.copysign(1, reading.models.coefficient)
-    for name, part in (("DR-softmax models alone", reading.alone), ("settings", reading.settings)):
-        if not (sign * part.coefficient > 0 and part.p_value < ALPHA):
-            return f"over the {name}"
-    return ""
-
-
-def _failures(failed: Mapping[str, str]) -> str:
-    """Say what fails for which attacks: ``not shown over all models for FGSM and PGD; ...``."""
-    checks = dict.fromkeys(check for check in failed.values() if check)
-    return "; ".join(
-        f"not shown {check} for {_names([attack for attack, own in failed.items() if own == check])}"
-        for check in checks
-    )
-
-
-def _too_few(n_models: int, n_settings: int) -> str:
-    if n_models < MIN_MODELS:
-        return f"{n_models} usable models; {MIN_MODELS} are needed"
-    if n_settings < MIN_SETTINGS:
-        return f"{n_settings} settings of loss and weight; {MIN_SETTINGS} are needed, seeds do not replace them"
-    return ""
-
-
-def decide_correlation(readings: Mapping[str, Reading], *, strong_suite: bool) -> Decision:
-    """Decide C1 from the coefficient of each of ``WEAK_ATTACKS`` and ``WORST_CASES`` that exists."""
-    missing = [attack for attack in WEAK_ATTACKS if attack not in readings]
-    if missing:
-        return Decision(INCONCLUSIVE, f"no coefficient for {_names(missing)}")
-    pgd = readings[DECISIVE_WEAK]
-    if reason := _too_few(pgd.models.n, pgd.settings.n):
-        return Decision(INCONCLUSIVE, reason)
-    if math.isnan(pgd.models.coefficient):
-        return Decision(INCONCLUSIVE, "no coefficient for PGD: a column is constant")
-    failed = {attack: _failed_check(readings.get(attack)) for attack in (*WEAK_ATTACKS, *WORST_CASES)}
-    failures = _failures(failed)
-    weak = not any(failed[attack] for attack in WEAK_ATTACKS)
-    worst = not any(failed[attack] for attack in WORST_CASES)
-    if weak and worst and strong_suite:
-        return Decision(SUPPORTED, f"holds for {_names(WEAK_ATTACKS)} and for both worst cases")
-    if weak:
-        return Decision(WEAK_ONLY, f"holds for {_names(WEAK_ATTACKS)}; " + (failures if strong_suite else _NOT_STRONG))
-    if worst:
-        return Decision(INCONCLUSIVE, f"holds for both worst cases, but {failures}")
-    largest = max(-pgd.models.ci_low, pgd.models.ci_high)
-    if largest < MEANINGFUL_CORRELATION and abs(pgd.settings.coefficient) < MEANINGFUL_CORRELATION:
-        return Decision(NOT_SUPPORTED, f"the interval for PGD lies within ±{MEANINGFUL_CORRELATION:g}")
-    limit = pgd.alone.ci_high if pgd.models.coefficient > 0 else -pgd.alone.ci_low
-    enough = pgd.alone.n >= MIN_MODELS and pgd.alone_settings >= MIN_SETTINGS
-    if _passes_over_models(pgd) and enough and limit < MEANINGFUL_CORRELATION:
-        return Decision(
-            NOT_SUPPORTED,
-            "over all models PGD passes, but among the DR-softmax models alone no meaningful coefficient of that sign "
-            "is left: the difference between losses makes it",
-        )
-    return Decision(INCONCLUSIVE, f"{failures}; and not ruled out")
 
 
 def decide_robustness(differences: Mapping[str, Difference], *, strong_suite: bool) -> Decision:
@@ -254,7 +171,7 @@ def decide_robustness(differences: Mapping[str, Difference], *, strong_suite: bo
     if weak and worst and strong_suite:
         return Decision(SUPPORTED, f"gains for {_names(WEAK_ATTACKS)} and for both worst cases")
     if weak:
-        rest = f"no gain shown for {failures}" if strong_suite else _NOT_STRONG
+        rest = f"no gain shown for {failures}" if strong_suite else NOT_STRONG
         return Decision(WEAK_ONLY, f"gains for {_names(WEAK_ATTACKS)}; {rest}")
     if worst:
         return Decision(INCONCLUSIVE, f"gains for both worst cases but none shown for {failures}")
@@ -272,25 +189,6 @@ def decide_time(ci_low: float, ci_high: float) -> Decision:
     if math.isnan(ci_low) or math.isnan(ci_high):
         return Decision(INCONCLUSIVE, "the ratio has no interval")
     return Decision(INCONCLUSIVE, f"the interval contains {TIME_BUDGET:g}")
-
-
-def decide_clean(models: Correlation, settings: Correlation) -> Decision:
-    """Decide C4 from the coefficient with clean accuracy over models and over settings."""
-    if reason := _too_few(models.n, settings.n):
-        return Decision(INCONCLUSIVE, reason)
-    if math.isnan(models.coefficient):
-        return Decision(INCONCLUSIVE, "no coefficient: a column is constant")
-    significant = models.p_greater < ALPHA, settings.p_greater < ALPHA
-    if all(significant):
-        return Decision(NOT_SUPPORTED, "the correlation is significantly positive")
-    if not any(significant) and max(models.ci_high, settings.coefficient) < MEANINGFUL_CORRELATION:
-        return Decision(
-            SUPPORTED, f"not significantly positive, and the interval ends below {MEANINGFUL_CORRELATION:g}"
-        )
-    if any(significant):
-        where = "models but not over settings" if significant[0] else "settings but not over models"
-        return Decision(INCONCLUSIVE, f"significantly positive over {where}")
-    return Decision(INCONCLUSIVE, f"not significantly positive, but {MEANINGFUL_CORRELATION:g} is not ruled out")
 
 
 def decide_masking(left: Survival | None, counting: Sequence[str], *, strong_suite: bool) -> Decision:

@@ -119,7 +119,8 @@ def test_two_clusters_make_a_plain_correlation_and_no_granulated_one() -> None:
         spearman = correlate(models, "stat.spread", "acc.a@mean", n_bootstrap=2, n_permutations=99)
         assert pearson.coefficient < -0.97
         # Ranks spread out inside a cluster, so that clusters of 8 and 24 give -0.56 on average, never -1.
-        assert spearman.coefficient < -0.3 and spearman.p_value <= 0.05
+        assert spearman.coefficient < -0.3
+        assert spearman.p_value >= 2 / 24, "four settings, of which three are alike, say no more"
         table = granulated_table(models, n_permutations=99).set_index("axis")
         assert table["coefficient"]["loss"] == -1
         found.append(table["coefficient"]["granulated"])
@@ -132,7 +133,12 @@ def test_two_clusters_make_a_plain_correlation_and_no_granulated_one() -> None:
 
 @pytest.mark.parametrize("noise", [pytest.param(0.5, marks=pytest.mark.slow), 3.0])
 def test_intervals_of_granulated_coefficients_cover(noise: float) -> None:
-    """Six weights with fixed effects, four seeds; the truth is that of 20,000 seeds."""
+    """Six weights with fixed effects, four seeds; the truth is that of 20,000 seeds.
+
+    From above, too: of the intervals for 50 % (t of 0.75 in place of t of 0.975, about a quarter as wide), which held
+    the truth in 50 to 52 % of 200 studies on the axis ``weight`` and in 54 to 60 % on the others, where a jackknife of
+    signs is somewhat too wide. Intervals twice as wide would hold it in about 78 %.
+    """
     rng, studies = np.random.default_rng(15), 100
     effects = np.array([[0, 1, 2, 3, 4, 5], [0, 1.5, 0.7, 2, 1.2, 3]])
 
@@ -148,16 +154,22 @@ def test_intervals_of_granulated_coefficients_cover(noise: float) -> None:
     truths = {"weight": weight, "seed": seed, "granulated": (weight + seed) / 2}
     names = {"data": "mnist", "model": "net", "loss": "dr_softmax", "seed": np.repeat(np.arange(4), 6)}
     held: dict[str, list[bool]] = {axis: [] for axis in truths}
+    inner: dict[str, list[bool]] = {axis: [] for axis in truths}
+    narrower = stats.t.ppf(0.75, 3) / stats.t.ppf(0.975, 3)
     for _ in range(studies):
         x, y = draw(4)
         columns = {"loss_weight": np.tile(np.arange(6.0), 4), "stat.spread": x.ravel(), "acc.a@mean": y.ravel()}
         table = granulated_table(pd.DataFrame({**names, **columns}), n_permutations=1).set_index("axis")
         for axis, true in truths.items():
             if np.isfinite(table["ci_low"][axis]):
-                held[axis].append(table["ci_low"][axis] <= true <= table["ci_high"][axis])
+                coefficient, low, high = table.loc[axis, ["coefficient", "ci_low", "ci_high"]]
+                held[axis].append(low <= true <= high)
+                half = max(high - coefficient, coefficient - low)  # a bound beyond 1 or -1 is cut off
+                inner[axis].append(abs(coefficient - true) <= narrower * half)
     for axis, hits in held.items():
         assert len(hits) > 0.8 * studies
         assert np.mean(hits) >= _band(0.95, len(hits))[0], axis
+        assert _band(0.5, len(hits))[0] <= np.mean(inner[axis]) <= (0.65 if axis == "weight" else 0.72), axis
 
 
 def test_a_relation_through_clean_accuracy_alone_leaves_no_partial_correlation() -> None:

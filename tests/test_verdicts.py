@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import sys
 from types import ModuleType
 
@@ -9,6 +10,7 @@ import pytest
 
 from drs import verdicts
 from drs.correlation import Correlation
+from drs.correlation_verdicts import Reading, decide_clean, decide_correlation
 from drs.verdicts import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
@@ -16,9 +18,6 @@ from drs.verdicts import (
     SUPPORTED,
     WEAK_ONLY,
     Difference,
-    Reading,
-    decide_clean,
-    decide_correlation,
     decide_robustness,
     decide_time,
     least_favourable,
@@ -34,6 +33,7 @@ def _reading(
     settings: float = -0.9,
     *,
     q: float = 0.01,
+    weights: float | None = None,
     alone_p: float = 0.01,
     settings_p: float = 0.01,
     n: int = 24,
@@ -45,8 +45,8 @@ def _reading(
     return Reading(
         models=Correlation(n, *models, q / 2, NAN),
         q_value=q,
-        alone=Correlation(n_alone, *alone, alone_p, NAN),
-        alone_settings=n_weights,
+        alone=Correlation(n_alone, *alone, NAN, NAN),
+        alone_settings=Correlation(n_weights, alone[0] if weights is None else weights, NAN, NAN, alone_p, NAN),
         settings=Correlation(n_settings, settings, NAN, NAN, settings_p, NAN),
     )
 
@@ -68,6 +68,7 @@ NOTHING = _reading((0.05, -0.4, 0.4), (0.0, -0.45, 0.45), 0.1, q=0.8, alone_p=0.
         {"alone": (0.7, 0.4, 0.9)},
         {"alone": (NAN, NAN, NAN)},
         {"alone_p": 0.05},
+        {"weights": 0.7},
         {"settings": 0.9},
         {"settings": NAN},
         {"settings_p": 0.05},
@@ -99,6 +100,43 @@ def test_no_correlation() -> None:
         assert _correlation(_reading(change, q=0.8)) == INCONCLUSIVE
     for settings in (0.5, -0.5, NAN):
         assert _correlation(_reading((0.05, -0.4, 0.4), settings=settings, q=0.8)) == INCONCLUSIVE
+
+
+UNSETTLED = _reading((-0.66, -0.9, 0.1), (-0.5, -0.9, 0.3), -0.8, q=0.2, alone_p=0.1, settings_p=0.06)
+
+
+@pytest.mark.parametrize(
+    ("weak", "worst", "each", "verdict"),
+    [
+        (NOTHING, UNSETTLED, (NOT_SUPPORTED, INCONCLUSIVE), INCONCLUSIVE),
+        (NOTHING, PASSES, (NOT_SUPPORTED, SUPPORTED), INCONCLUSIVE),
+        (NOTHING, NOTHING, (NOT_SUPPORTED, NOT_SUPPORTED), NOT_SUPPORTED),
+        (UNSETTLED, NOTHING, (INCONCLUSIVE, NOT_SUPPORTED), INCONCLUSIVE),
+        (UNSETTLED, PASSES, (INCONCLUSIVE, SUPPORTED), INCONCLUSIVE),
+        (PASSES, UNSETTLED, (SUPPORTED, INCONCLUSIVE), WEAK_ONLY),
+        (PASSES, NOTHING, (SUPPORTED, NOT_SUPPORTED), WEAK_ONLY),
+        (PASSES, PASSES, (SUPPORTED, SUPPORTED), SUPPORTED),
+    ],
+)
+def test_weak_attacks_and_the_worst_case_are_decided_apart(
+    weak: Reading, worst: Reading, each: tuple[str, str], verdict: str
+) -> None:
+    decision = decide_correlation(dict.fromkeys(WEAK, weak) | dict.fromkeys(WORST, worst), strong_suite=True)
+    assert decision.sets == each
+    assert decision.verdict == verdict
+    first, second = (name.removesuffix(" (n too small)") for name in each)
+    shown = (
+        f"weak attacks {first} \\(FGSM .*, PGD .*\\), worst case {second} \\(worst case Linf .*, worst case L2 .*\\)"
+    )
+    assert re.fullmatch(shown, decision.reason)
+    assert "; " not in decision.reason, "README.md shows an inconclusive group's reason up to there"
+
+
+@pytest.mark.parametrize("attacks", [WEAK, WORST])
+def test_a_set_is_not_supported_only_if_every_attack_of_it_is_ruled_out(attacks: tuple[str, str]) -> None:
+    for attack in attacks:
+        readings = dict.fromkeys([*WEAK, *WORST], NOTHING) | {attack: UNSETTLED}
+        assert decide_correlation(readings, strong_suite=True).verdict == INCONCLUSIVE
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -185,22 +223,23 @@ def test_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("high", "p", "settings", "settings_p", "verdict"),
+    ("high", "settings", "p", "verdict"),
     [
-        (0.49, 0.5, 0.49, 0.5, SUPPORTED),
-        (0.5, 0.5, 0.0, 0.5, INCONCLUSIVE),
-        (0.4, 0.5, 0.5, 0.1, INCONCLUSIVE),
-        (0.9, 0.049, 0.8, 0.049, NOT_SUPPORTED),
-        (0.4, 0.049, 0.3, 0.05, INCONCLUSIVE),
-        (0.4, 0.05, 0.3, 0.049, INCONCLUSIVE),
+        (0.49, 0.49, 0.05, SUPPORTED),
+        (0.5, 0.0, 0.5, INCONCLUSIVE),
+        (NAN, 0.0, 0.5, INCONCLUSIVE),
+        (0.4, 0.5, 0.1, INCONCLUSIVE),
+        (0.4, NAN, NAN, INCONCLUSIVE),
+        (0.9, 0.8, 0.049, NOT_SUPPORTED),
+        (0.2, 0.8, 0.049, INCONCLUSIVE),  # over models the coefficient is negative
     ],
 )
-def test_clean_accuracy(high: float, p: float, settings: float, settings_p: float, verdict: str) -> None:
-    models = Correlation(24, high - 0.3, high - 0.6, high, NAN, p)
-    over_settings = Correlation(6, settings, NAN, NAN, NAN, settings_p)
+def test_clean_accuracy(high: float, settings: float, p: float, verdict: str) -> None:
+    models = Correlation(24, 0.1 if math.isnan(high) else high - 0.3, high - 0.6, high, NAN, NAN)
+    over_settings = Correlation(6, settings, NAN, NAN, NAN, p)
     assert decide_clean(models, over_settings).verdict == verdict
     assert decide_clean(Correlation(7, 0.1, -0.2, 0.4, 0.5, p), over_settings).verdict == INCONCLUSIVE
-    assert decide_clean(models, Correlation(4, settings, NAN, NAN, NAN, settings_p)).verdict == INCONCLUSIVE
+    assert decide_clean(models, Correlation(4, settings, NAN, NAN, NAN, p)).verdict == INCONCLUSIVE
     assert decide_clean(Correlation(24, NAN, NAN, NAN, NAN, NAN), over_settings).verdict == INCONCLUSIVE
 
 
