@@ -63,6 +63,7 @@ def _why_open(claim: pd.Series) -> str:
     The number that is too small can be that of the settings or of the images: the evidence begins with what.
     """
     why = re.split("[.;] ", str(claim["evidence"]))[0] if claim["verdict"] == INCONCLUSIVE else ""
+    why = re.sub(r" \([^()]*\)", "", why)  # coefficients, which are for the report
     return escape(why[:1].lower() + why[1:])
 
 
@@ -149,7 +150,10 @@ def _mark_note(text: str, study_dir: Path) -> str:
     if MARK not in text:
         return ""
     link = _section_link(study_dir, "Sanity checks")
-    return f"\n\n{MARK} A model of this loss fails at least one of the {link}: some number about it cannot be trusted."
+    return (
+        f"\n\n{MARK} A model of this loss fails at least one of the {link}: some number about it is in doubt, if only by "
+        "an image of a hundred."
+    )
 
 
 def survival_block(study_dir: Path) -> str:
