@@ -13,7 +13,7 @@ from test_attacks import PGD, linear_problem
 from torch import Tensor, nn
 
 from drs.attack_config import ATTACK_SCHEMAS, L2_ONLY, PGDConfig, ProjectedConfig, SanityConfig
-from drs.attacks import build_attack, contract, run_attack
+from drs.attacks import build_attack, run_attack, running
 from drs.attacks import stand_in as stand_in_module
 from drs.attacks.stand_in import stand_in
 from drs.cells import Cell, plan_cells
@@ -216,7 +216,7 @@ def test_what_fools_the_stand_in_alone_is_attacked_again(monkeypatch: pytest.Mon
     config = ProjectedConfig("projected", "linf", steps=10, objectives=["margin"], restarts=1)
     exact = run_attack(build_attack(config), model, images, labels, epsilon=0.05)
     asked.clear()
-    monkeypatch.setattr(contract, "stand_in", lambda *_: favoured)
+    monkeypatch.setattr(running, "stand_in", lambda *_: favoured)
     found = run_attack(build_attack(config), model, images, labels, epsilon=0.05, fast_search=True)
     watch.remove()
     fooled = [outcome.logits.argmax(dim=1) != labels for outcome in (exact, found)]
@@ -244,7 +244,7 @@ def test_what_the_search_gave_up_by_its_rounding_is_attacked_again(monkeypatch: 
     standing = {}
     for near in (0.0, stand_in_module.NEAR):
         monkeypatch.setattr(stand_in_module, "NEAR", near)
-        monkeypatch.setattr(contract, "stand_in", lambda *_: Rounded(model, len(images)).eval())
+        monkeypatch.setattr(running, "stand_in", lambda *_: Rounded(model, len(images)).eval())
         found = run_attack(build_attack(config), model, images, labels, epsilon=0.005, fast_search=True)
         standing[near] = int((found.logits.argmax(dim=1) == labels).sum())
     exact = run_attack(build_attack(config), model, images, labels, epsilon=0.005)

@@ -20,7 +20,7 @@ from drs.attack_config import (
     SquareConfig,
     TargetedAPGDConfig,
 )
-from drs.attacks import build_attack, contract, run_attack
+from drs.attacks import build_attack, run_attack, running
 from drs.attacks import stand_in as stand_in_module
 from drs.attacks.half_precision import LARGEST_SCALE, HalfPrecision, in_half_precision, without_gradient
 from drs.attacks.isolation import tensor_cores
@@ -306,7 +306,7 @@ class Overflowing(nn.Module):
 @pytest.mark.parametrize("where", ["logits", "gradients"])
 def test_what_does_not_fit_on_the_way_is_searched_on_the_model(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     model, images, labels = linear_problem(classes=3)
-    monkeypatch.setattr(contract, "stand_in", lambda *_: Overflowing(copy.deepcopy(model), images, where).eval())
+    monkeypatch.setattr(running, "stand_in", lambda *_: Overflowing(copy.deepcopy(model), images, where).eval())
     attack = build_attack(MARGIN)
     found, expected = (
         run_attack(attack, model, images, labels, epsilon=0.02, fast_search=fast) for fast in (True, False)

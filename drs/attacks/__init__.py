@@ -24,10 +24,11 @@ from drs.attack_config import (
     is_bounded,
 )
 from drs.attacks.carlini_wagner import CarliniWagner, TorchattacksCarliniWagner
-from drs.attacks.contract import Attack, AttackOutcome, perturbation_norm, run_attack
+from drs.attacks.contract import Attack, AttackOutcome, perturbation_norm
 from drs.attacks.fab import TargetedFastAdaptiveBoundary
 from drs.attacks.gradient_sign import FGSM, PGD
 from drs.attacks.projected import ProjectedAttack, RandomNoise, Transfer
+from drs.attacks.running import run_attack
 
 __all__ = ["Attack", "AttackOutcome", "build_attack", "is_bounded", "perturbation_norm", "run_attack"]
 

@@ -1,7 +1,7 @@
 """The four attacks of AutoAttack (Croce and Hein 2020, arXiv 2003.01690), torchattacks' implementations.
 
 torchattacks 3.5.1 runs each with 10 steps by default, a tenth of the original; here every length is explicit. Its
-attacks reseed torch's global generator, which ``drs.attacks.contract.isolated`` restores, and take the number of
+attacks reseed torch's global generator, which ``drs.attacks.isolation.isolated`` restores, and take the number of
 classes as an argument, which is the model's own here. They get contiguous images, because FAB reshapes with ``view``.
 """
 

@@ -10,7 +10,7 @@ def call_torchattacks(attack: Any, images: Tensor, labels: Tensor) -> Tensor:
     """Run a torchattacks attack on pixels in [0,1] ``[B, C, H, W]`` and return the adversarial images.
 
     The library accepts models it can ask for a device; ours have parameters, so nothing else is needed. The caller
-    restores what the library leaves behind (see ``drs.attacks.contract.isolated``).
+    restores what the library leaves behind (see ``drs.attacks.isolation.isolated``).
     """
     adversarial: Tensor = attack(images, labels)
     return adversarial

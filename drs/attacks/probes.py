@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from drs.attack_config import SanityConfig
 from drs.attacks.climbing import climb
-from drs.attacks.contract import check_eval_mode, check_pixels, predict, run_attack
+from drs.attacks.contract import check_eval_mode, check_pixels, predict
 from drs.attacks.isolation import isolated
 from drs.attacks.objectives import FAMILIES
 from drs.attacks.projected import ProjectedAttack
+from drs.attacks.running import run_attack
 from drs.batches import in_batches
 
 LARGE_EPSILON = 0.5
@@ -81,7 +82,7 @@ def run_probes(
         labels: ``[N]``.
         epsilon: Radius of the probes that do not name their own, pixel units.
         config: Steps, restarts, batch size and seed.
-        fast_search: See ``drs.attacks.contract.run_attack``; for the probes of the model as it is. What looks at each
+        fast_search: See ``drs.attacks.running.run_attack``; for the probes of the model as it is. What looks at each
             iterate, and what attacks rescaled logits, is on the model.
 
     Raises:

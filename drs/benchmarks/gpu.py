@@ -63,9 +63,9 @@ LENET = ("data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam")
 RECIPE = ("data=cifar10", "model=resnet9", "loss=ce", "optim=sgd", "epochs=20", "batch_size=512", "precision=bfloat16")
 STRONG = ("data=cifar10", "model=resnet18", "loss=ce", "optim=sgd", "epochs=5", "batch_size=512", "precision=bfloat16")
 STUDIES = ("mnist", "cifar10")
-SIDE_BY_SIDE = ("workers=6", "suite.batch_size=2500")
-"""Of an evaluation of one model on a card: large batches, and the long searches on few images meanwhile, which wait for
-the host more than for the card."""
+SIDE_BY_SIDE = ("workers=2", "suite.batch_size=5000")
+"""Of an evaluation of one model on a card: large batches, and the long searches on few images meanwhile. Processes take
+turns on a card, and an attack that reads from it at every step waits for a turn each time, so they are few."""
 
 
 def missing_rows(section: str, why: str) -> Iterator[Row]:
