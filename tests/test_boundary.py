@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from drs.attack_config import FMNConfig, TargetedFABConfig
-from drs.attacks import build_attack, run_attack, stand_in
+from drs.attacks import build_attack, run_attack, running, stand_in
 from drs.attacks.boundary import BEYOND, HALVINGS, SHARES, bring_to_boundary
 from drs.attacks.half_precision import HalfPrecision
 
@@ -76,3 +76,43 @@ def test_search_on_a_rounded_copy_finds_the_models_boundary(config: object, monk
     both = fallen[0] & fallen[1]
     ratio = fast.distance[both] / plain.distance[both]
     assert 0.98 < ratio.median() < 1.002, "as near as a search on the model, or nearer"
+
+
+class _Threshold(nn.Module):
+    """A model of images of one value that errs beyond a value of its own for each."""
+
+    def __init__(self, boundaries: list[float]) -> None:
+        super().__init__()
+        self.boundaries = torch.tensor(boundaries)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = images.flatten(1)
+        beyond = values[:, 0] - self.boundaries[values[:, 1].mul(10).round().long()]
+        return torch.stack([-beyond, beyond], dim=1)
+
+
+class _Moving:
+    """Moves the first pixel to just below the bound; the second is the number of the image."""
+
+    name, norm, bounded, ends_on_boundary = "a move", "linf", True, True
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+        self.counts.append(len(images))
+        moved = images.clone()
+        moved[:, :, 0, 0] += 0.999 * epsilon
+        return moved
+
+
+def test_image_that_would_leave_its_ball_is_attacked_on_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rounded = _Threshold([0.05, 0.1005]).eval(), _Threshold([0.05, 0.0995]).eval()
+    monkeypatch.setattr(running, "stand_in", lambda *_: rounded)
+    images = torch.tensor([[0.0, 0.0], [0.0, 0.1]]).view(2, 1, 1, 2)
+    attack = _Moving()
+    labels = torch.zeros(2, dtype=torch.int64)
+    outcome = run_attack(attack, model, images, labels, epsilon=0.1, fast_search=True)
+    assert attack.counts == [2, 1]
+    assert outcome.logits.argmax(dim=1).tolist() == [1, 0]
+    assert (outcome.distance <= 0.1 + 1e-6).all()
