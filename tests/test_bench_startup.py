@@ -169,7 +169,7 @@ def test_tables_grow_with_the_models(tmp_path: Path) -> None:
     assert 0.05 < rows[-1].theirs_median < 0.3  # type: ignore[operator]
     # A table of made-up models is one that the real tables are made from.
     for table in (correlation_table, granulated_table):
-        assert len(table(made_up_models(15)).dropna()) > 0
+        assert len(table(made_up_models(40)).dropna()) > 0
 
 
 def test_tables_have_each_their_own_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
