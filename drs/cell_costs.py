@@ -52,9 +52,9 @@ def model_calls(cell: Cell) -> float:
         return FORWARD
     others = cell.train.data.num_classes - 1
     if isinstance(config, SanityConfig):
-        # See drs.attacks.probes: a climb on each target, ten others of which one has twice the steps and one twice the
-        # restarts, and one without restarts.
-        return FALLING * config.steps * (config.restarts * (others + 12) + 1)
+        # See drs.attacks.probes: a climb on each target and as many on each of two objectives, ten others of which one
+        # has twice the steps and one twice the restarts, and one without restarts.
+        return FALLING * config.steps * (config.restarts * (3 * others + 12) + 1)
     if config.kind == "noise":
         return FORWARD * _product(config, "draws")
     if config.kind == "square":

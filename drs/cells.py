@@ -210,6 +210,8 @@ def _cell(
             objectives = tuple(config.objectives) or _adaptive_objectives(train.loss.name)
             settings["objectives"] = list(objectives)
         content |= {"attack": settings, "epsilon": str(epsilon.value), "batch_size": batch_size}
+    if isinstance(config, SanityConfig):
+        content["compared"] = "climbs"  # objectives were once compared by restarts: nine climbs on targets to one
     if source is not None:
         content["source"] = source.run_id
     if after:

@@ -19,9 +19,9 @@ MASKING_CHECKS = (
 )  # fmt: skip
 """Checks whose failure shows that an attack missed what another one found, or that gradients are exactly 0.
 
-It does not show why. ``objective_gap`` and ``logit_shift_and_scale`` compare attacks with the same steps and restarts
-(those on targets have them for each class), which still may be too few for one of the two; ``more_steps`` and
-``more_restarts``, which are not among these, say so of the margin alone.
+It does not show why. ``objective_gap`` and ``logit_shift_and_scale`` compare attacks that climb equally often and take
+as many steps, which still may be too few for one of the two; ``more_steps`` and ``more_restarts``, which are not among
+these, say so of the margin alone.
 """
 
 

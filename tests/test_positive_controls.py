@@ -154,20 +154,18 @@ def test_adversarially_trained_model_keeps_most_of_its_robustness(study: Path, t
     judged = judge(study, ADVERSARIAL, lambda model: model, tmp_path)
     assert judged.pgd > 0.3
     assert judged.worst > 0.75 * judged.pgd
-    # Of the masking checks, one compares nine climbs with one here: the next test gives both as many.
     must = {"eps0_equals_clean", "pgd_beats_fgsm", "falls_with_epsilon", "logit_shift", "best_iterate"}
-    assert must | set(MASKING_CHECKS) - {"objective_gap"} <= judged.passed
+    assert must | set(MASKING_CHECKS) <= judged.passed
 
 
-def test_gap_of_an_adversarially_trained_model_closes_with_as_many_climbs_on_each_objective(study: Path) -> None:
+def test_objectives_are_compared_after_as_many_climbs(study: Path) -> None:
     """A target for each of nine classes is nine climbs, which find more than one on cross-entropy: no mask."""
     common = ["data=digits", "model=mlp", "epochs=20", "batch_size=64", "study=controls", f"results_dir={study}"]
     run = run_folder(compose_train(*common, *ADVERSARIAL))
     test, _ = load_test(run.config().data, 200, torch.device("cpu"))
-    model, gap = run.load_model(torch.device("cpu")), {}
-    for restarts in (1, 9):
-        config = SanityConfig(steps=20, restarts=restarts)
-        probes = run_probes(model, test.pixels(), test.labels, float(EPSILON), config)
-        gap[restarts] = probe_figures(probes.standing, probes.gradient_norm)["objective_gap"][0]
-    assert not CHECKS["objective_gap"].passes(gap[1])
-    assert CHECKS["objective_gap"].passes(gap[9])
+    config = SanityConfig(steps=20, restarts=1)
+    found = run_probes(run.load_model(torch.device("cpu")), test.pixels(), test.labels, float(EPSILON), config)
+    check = CHECKS["objective_gap"]
+    unequal = float(found.standing["ce"].mean() - found.standing["targeted"].mean())
+    assert not check.passes(unequal), "one climb on cross-entropy beside nine on targets"
+    assert check.passes(probe_figures(found.standing, found.gradient_norm)["objective_gap"][0])

@@ -69,9 +69,10 @@ def run_probes(
 ) -> Probes:
     """Run every probe in Linf.
 
-    The probes: ``clean``; ``epsilon_0`` (margin PGD with a ball of no size); ``ce``, ``margin`` and ``targeted`` PGD
-    with the same steps and restarts, ``targeted`` for each of the K-1 other classes; ``ce_best`` and ``ce_last`` (the
-    best and the last iterate of one climb of cross-entropy from the clean image, on which nothing is dropped);
+    The probes: ``clean``; ``epsilon_0`` (margin PGD with a ball of no size); ``ce`` and ``margin`` PGD;
+    ``ce_climbs``, ``margin_climbs`` and ``targeted``, which climb equally often, K-1 times for each restart: on
+    cross-entropy, on the margin, and on the margin to each of the other classes in turn; ``ce_best`` and ``ce_last``
+    (the best and the last iterate of one climb of cross-entropy from the clean image, on which nothing is dropped);
     ``more_steps`` and ``more_restarts`` (``margin`` with twice of each); ``scaled_<factor>``, ``normalised`` and
     ``shifted`` (``ce`` on logits multiplied by a factor, multiplied by ``drs.attacks.objectives.logit_scale``, and
     shifted); ``large`` and ``unbounded`` (``margin`` within 0.5 and 1).
@@ -92,6 +93,7 @@ def run_probes(
     check_eval_mode(model)
 
     sizes = []
+    climbs = config.restarts * (predict(model, images[:1], "clean images").shape[1] - 1)
 
     def stands(
         objective: str, *, radius: float = epsilon, steps: int = config.steps, restarts: int = config.restarts,
@@ -117,6 +119,8 @@ def run_probes(
         standing[name] = np.concatenate([part[name] for part in parts])
     standing["ce"] = stands("ce")
     standing["margin"] = stands("margin")
+    standing["ce_climbs"] = stands("ce", restarts=climbs)
+    standing["margin_climbs"] = stands("margin", restarts=climbs)
     standing["targeted"] = stands("targeted_margin")
     standing["more_steps"] = stands("margin", steps=2 * config.steps)
     standing["more_restarts"] = stands("margin", restarts=2 * config.restarts)
