@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -56,9 +57,7 @@ def worker_pool(workers: int, states: Any = None) -> Iterator[ProcessPoolExecuto
     try:
         yield pool
     except BaseException as error:
-        for process in (getattr(pool, "_processes", None) or {}).values():
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+        _end(pool)
         if isinstance(error, BrokenExecutor):
             raise UserError(
                 "a worker process of the evaluation was ended from outside, perhaps for want of memory; what is "
@@ -66,6 +65,42 @@ def worker_pool(workers: int, states: Any = None) -> Iterator[ProcessPoolExecuto
             ) from None
         raise
     pool.shutdown()
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    for process in (getattr(pool, "_processes", None) or {}).values():
+        process.terminate()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class StartingPool:
+    """Worker processes that may not have started yet.
+
+    Attributes:
+        pool: Takes tasks from the first.
+        starts: What each process does first.
+    """
+
+    pool: ProcessPoolExecutor
+    starts: list[Future[object]]
+
+    def is_ready(self) -> bool:
+        """Say whether nobody has to wait for the processes any more; one that failed tells of it in its next task."""
+        return all(start.done() for start in self.starts)
+
+
+@contextmanager
+def starting_pool(workers: int, prepare: Callable[..., object], *arguments: Any) -> Iterator[StartingPool]:
+    """Yield worker processes at once, while they start and call ``prepare``; see ``worker_pool``.
+
+    Those that are still starting in the end, so that nobody has used them, are not waited for.
+    """
+    with worker_pool(workers) as pool:
+        starting = StartingPool(pool, [pool.submit(prepare, *arguments) for _ in range(workers)])
+        yield starting
+        if not starting.is_ready():
+            _end(pool)
 
 
 def as_they_come(

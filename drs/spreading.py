@@ -17,7 +17,7 @@ from torch import nn
 
 from drs.cells import Cell
 from drs.errors import DamagedFileError
-from drs.filling import Before, Part, compute_part, read_before, write_cell
+from drs.filling import Before, Part, compute_part, load_test, read_before, write_cell
 from drs.runs import RunFolder
 
 
@@ -38,6 +38,12 @@ class _Open:
 @functools.lru_cache(maxsize=1)
 def _model_of(run: RunFolder, device: torch.device) -> nn.Module:
     return run.load_model(device)
+
+
+def prepare_worker(cell: Cell, device: torch.device) -> None:
+    """Do what a worker process has to do before its first part of a cell: import, load, and wake the device."""
+    _model_of(cell.run, device)
+    load_test(cell.train.data, cell.n, device)
 
 
 def _compute(cell: Cell, device: torch.device, standing: np.ndarray, start: int, stop: int) -> Part:

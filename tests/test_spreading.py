@@ -1,10 +1,12 @@
 """One run's cells spread over processes: the arrays of one process, whatever is damaged or fails on the way."""
 
 import shutil
+import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ import torch
 from brief_study import CELLS, configuration
 
 from drs import evaluation as evaluation_module
+from drs import filling, spreading
 from drs.array_files import load_arrays_file
 from drs.cells import Cell, plan_cells
 from drs.evaluation import evaluate_study
-from drs.evaluation_workers import worker_pool
+from drs.evaluation_workers import StartingPool, starting_pool, worker_pool
 from drs.runs import RunFolder, iterate_runs
-from drs.spreading import batches_of, in_order_of_need
+from drs.spreading import batches_of, in_order_of_need, prepare_worker
 
 # A batch is smaller than what stands, and PGD waits for FGSM.
 OVERRIDES = [
@@ -40,7 +43,7 @@ def run(
     first = next(iter(iterate_runs(brief_results / "s")))
     shutil.copytree(first.path, tmp_path / "s" / "runs" / first.run_id)
     monkeypatch.setattr(evaluation_module, "SPREAD_SECONDS", -1.0)
-    monkeypatch.setattr(evaluation_module, "worker_pool", lambda workers: nullcontext(pool))
+    monkeypatch.setattr(evaluation_module, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [])))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the processes has here
     yield RunFolder(tmp_path / "s" / "runs" / first.run_id)
@@ -100,3 +103,55 @@ def test_cells_that_others_wait_for_come_first(run: RunFolder, tmp_path: Path) -
     assert batches_of(cells[0], 30) == [(0, 30)]
     assert batches_of(cells[1], 30) == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 30)]
     assert batches_of(cells[1], 0) == []
+
+
+def test_cells_are_computed_here_until_the_processes_are_ready(
+    run: RunFolder, tmp_path: Path, pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path, *OVERRIDES)
+    start: Future[object] = Future()
+    here: list[str] = []
+    fill_cell, spread = evaluation_module.fill_cell, evaluation_module.fill_side_by_side
+    left: list[list[str]] = []
+
+    def fill(cell: Cell, *others: Any) -> None:
+        fill_cell(cell, *others)
+        here.append(cell.attack)
+        if len(here) == 2:
+            start.set_result(None)
+
+    def fill_others(pool: ProcessPoolExecutor, workers: int, cells: list[Cell], *others: Any, **steps: Any) -> None:
+        left.append([cell.attack for cell in cells])
+        spread(pool, workers, cells, *others, **steps)
+
+    monkeypatch.setattr(evaluation_module, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [start])))
+    monkeypatch.setattr(evaluation_module, "fill_cell", fill)
+    monkeypatch.setattr(evaluation_module, "fill_side_by_side", fill_others)
+    assert evaluate_study(config).computed == CELLS
+    assert (here, left) == (["clean", "fgsm"], [["fgsm", "pgd", "pgd"]])
+
+
+def test_processes_that_are_still_starting_are_not_waited_for() -> None:
+    began = time.perf_counter()
+    with starting_pool(2, time.sleep, 600) as starting:
+        assert not starting.is_ready()
+        processes = dict(starting.pool._processes)
+    assert len(processes) == 2
+    for process in processes.values():
+        process.join(30)
+        assert process.exitcode is not None
+    assert time.perf_counter() - began < 60
+
+
+def test_processes_are_ready_once_each_has_prepared_itself(run: RunFolder, tmp_path: Path) -> None:
+    config = configuration(tmp_path, *OVERRIDES)
+    cells = plan_cells(run, config.suite, {run: run.config()})
+    with starting_pool(1, prepare_worker, cells[0], torch.device("cpu")) as starting:
+        assert wait(starting.starts, 120).not_done == set()
+        assert starting.is_ready() and starting.starts[0].exception() is None
+        assert starting.pool.submit(prepared, cells[0].run).result() == (1, 1)
+
+
+def prepared(run: RunFolder) -> tuple[int, int]:
+    """Return how many models and test splits a worker process has loaded; called in one."""
+    return spreading._model_of.cache_info().currsize, filling._cached_test_split.cache_info().currsize
