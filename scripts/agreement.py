@@ -54,11 +54,10 @@ NOTES = {
         "are means over three seeds."
     ),
     "hop_skip_jump": (
-        "hop_skip_jump: each library makes its own draws, and one image of 20 is five points, so that the two agree "
-        "where their median norms are within 5 %. Both get the same starts, steps, queries and threshold of the binary "
-        "search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, it "
-        "solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² for d pixel "
-        "values, and it ends off the boundary."
+        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over three seeds. "
+        "Both get the same starts, steps, queries and threshold of the binary search, and ART's last step is followed "
+        "by a search for the boundary, as foolbox's is. As ART runs it, it solves another problem: its starts are of "
+        "noise alone, its threshold is 0.01/d rather than 1/d² for d pixel values, and it ends off the boundary."
     ),
     "cw_torchattacks": (
         f"cw_torchattacks, sound: on images drawn to [{INSIDE:g}, {1 - INSIDE:g}], with logits raised by {SHIFT:g} and "

@@ -72,10 +72,7 @@ def test_a_point_is_still_within_one_and_more_is_not_in_either_direction() -> No
 
     rows = [row(41.0), row(39.0), row(41.34), row(38.66), row(42.0, 38.5, 42.0)]
     assert [item.agrees for item in rows] == [True, True, False, False, True]
-    searches = [
-        replace(rows[2], medians=medians) for medians in ((0.104, 0.1), (0.096, 0.1), (0.106, 0.1), (0.094, 0.1))
-    ]
-    assert [item.agrees for item in searches] == [True, True, False, False], "of few images norms count, within 5 %"
+    assert not replace(rows[2], medians=(0.1, 0.1)).agrees, "equal norms make up for no share"
     lines = agreement_table(rows).splitlines()
     assert lines[2].startswith(
         "| a_model | l2 1.5 | 300 | cw | PGD on margin and cross-entropy | agreement | 41.00 | 40.00 |"
