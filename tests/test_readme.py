@@ -41,6 +41,13 @@ def test_an_inconclusive_group_says_what_it_lacks(tmp_path: Path) -> None:
         assert unclear == clear.replace("not supported", "inconclusive (n too small)") + "; 2 pairs of seeds"
 
 
+def test_verdicts_for_weak_attacks_and_the_worst_case_are_named_unless_both_are_open() -> None:
+    each = [f"Weak attacks {verdict} (FGSM -0.30, PGD -0.20), worst case inconclusive (worst case Linf 0.1). More."
+            for verdict in ("not supported", "inconclusive")]  # fmt: skip
+    rows = [pd.Series({"verdict": "inconclusive (n too small)", "evidence": evidence}) for evidence in each]
+    assert [readme._why_open(row) for row in rows] == ["weak attacks not supported, worst case inconclusive", ""]
+
+
 def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: Path) -> None:
     tables = study_tables()
     write_study(tmp_path / "one", tables)
