@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from drs.config import EvaluateConfig, TrainConfig, run_id
 from drs.device import choose_device
 from drs.errors import DamagedFileError, UnwritableError, UserError
 from drs.evaluation_progress import Progress
-from drs.evaluation_workers import StartingPool, as_they_come, count_workers, starting_pool, worker_pool
+from drs.evaluation_workers import as_they_come, count_workers, worker_pool
 from drs.files import remove_leftovers
 from drs.filling import CLEAN, fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
@@ -25,11 +25,9 @@ from drs.interrupts import raise_unheard
 from drs.reduction import reduce_run
 from drs.run_failures import RunFailure, forget_failure, record_failure
 from drs.runs import RunFolder, finished_runs, iterate_runs, study_folder
-from drs.spreading import fill_side_by_side, prepare_worker
+from drs.spreading import fill_queue
 from drs.suite_config import SuiteConfig
 
-SPREAD_SECONDS = 2.0
-"""How long a single run is evaluated before other processes are started to help; less is not worth their start."""
 POLL_SECONDS = 1.0
 """How often an evaluation looks whether a run that another one is at work on has become free."""
 
@@ -222,9 +220,9 @@ def evaluate_run(
 ) -> Outcome:
     """Compute those of a run's cells that are missing, up to the first that fails, under the run's claim.
 
-    If there may be more than one process, others are started after ``SPREAD_SECONDS``, and what is left once they are
-    ready is spread over them. With all cells of the run and the suite as ``whole``, what they say together is kept for
-    the tables. How far the cells are is noted with ``watch``.
+    If there may be several processes, what is left once they are ready is spread over them. With all cells of the run
+    and the suite as ``whole``, what they say together is kept for the tables. How far the cells are is noted with
+    ``watch``.
 
     Raises:
         UnwritableError: If results cannot be written, which no other run will fare better with.
@@ -252,8 +250,8 @@ def evaluate_run(
                 watch.keep(queue)
                 if queue:
                     model = run.load_model(device)
-                    _fill_queue(
-                        queue, device, processes, began, before_writing=held.check, when_begun=begun, when_done=done,
+                    fill_queue(
+                        queue, device, processes, before_writing=held.check, when_begun=begun, when_done=done,
                         on_images=watch.images, fill_here=lambda cell: _fill(cell, model, device, held.check, watch),
                     )  # fmt: skip
             except (UnwritableError, ClaimLost):
@@ -270,25 +268,6 @@ def evaluate_run(
     except (ClaimedElsewhere, ClaimLost):
         return Outcome(run, computed, elsewhere=True)
     return Outcome(run, computed, time.perf_counter() - began)
-
-
-def _fill_queue(queue: list[Cell], device: torch.device, processes: int, began: float, **steps: Any) -> None:
-    """Compute cells here until other processes are ready, if there are to be any, and then there.
-
-    ``steps`` are those of ``drs.spreading.fill_side_by_side``.
-    """
-    with ExitStack() as stack:
-        helpers: StartingPool | None = None
-        while queue and not (helpers is not None and helpers.is_ready()):
-            if helpers is None and processes > 1 and time.perf_counter() - began > SPREAD_SECONDS:
-                helpers = stack.enter_context(starting_pool(processes, prepare_worker, queue[0], device))
-                continue
-            cell = queue.pop(0)
-            steps["when_begun"](cell)
-            steps["when_done"](cell, steps["fill_here"](cell))
-        if queue:
-            assert helpers is not None
-            fill_side_by_side(helpers.pool, processes, queue, device, **steps)
 
 
 def _fill(

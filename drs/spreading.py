@@ -8,8 +8,10 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +19,12 @@ from torch import nn
 
 from drs.cells import Cell
 from drs.errors import DamagedFileError
+from drs.evaluation_workers import StartingPool, starting_pool
 from drs.filling import Before, Part, compute_part, load_test, read_before, write_cell
 from drs.runs import RunFolder
+
+SPREAD_SECONDS = 2.0
+"""How long a run is evaluated before other processes are started to help; less is not worth their start."""
 
 
 @dataclass
@@ -149,3 +155,33 @@ def fill_side_by_side(
             on_images(opened.cell, opened.done, opened.count)
             if not opened.todo and not any(other is opened for other, *_ in running.values()):
                 finish(opened)
+
+
+def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps: Any) -> None:
+    """Compute missing cells of one run: here, or if there may be several processes, in them as soon as they are ready.
+
+    They are started after ``SPREAD_SECONDS``, and the work goes on meanwhile.
+
+    Args:
+        queue: The cells, in the order of the plan; those that are begun here are taken from it.
+        device: Where to compute.
+        processes: How many there may be; with 1 everything is computed here.
+        steps: ``fill_here``, ``before_writing``, ``when_begun``, ``when_done`` and ``on_images`` of
+            ``fill_side_by_side``.
+
+    Raises:
+        UserError: As ``fill_side_by_side``, and if a process is ended from outside.
+    """
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        helpers: StartingPool | None = None
+        while queue and not (helpers is not None and helpers.is_ready()):
+            if helpers is None and processes > 1 and time.perf_counter() - began > SPREAD_SECONDS:
+                helpers = stack.enter_context(starting_pool(processes, prepare_worker, queue[0], device))
+                continue
+            cell = queue.pop(0)
+            steps["when_begun"](cell)
+            steps["when_done"](cell, steps["fill_here"](cell))
+        if queue:
+            assert helpers is not None
+            fill_side_by_side(helpers.pool, processes, queue, device, **steps)

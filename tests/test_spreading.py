@@ -42,8 +42,8 @@ def run(
     """The only run of a study; all of its evaluation is spread."""
     first = next(iter(iterate_runs(brief_results / "s")))
     shutil.copytree(first.path, tmp_path / "s" / "runs" / first.run_id)
-    monkeypatch.setattr(evaluation_module, "SPREAD_SECONDS", -1.0)
-    monkeypatch.setattr(evaluation_module, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [])))
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", -1.0)
+    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [])))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the processes has here
     yield RunFolder(tmp_path / "s" / "runs" / first.run_id)
@@ -63,7 +63,7 @@ def test_spread_batches_are_those_of_one_process(
     spread = arrays_of(found.cells)
     assert any(0 < arrays["attacked"].sum() < 30 for arrays in spread.values() if "attacked" in arrays)
     shutil.rmtree(run.path / "eval")
-    monkeypatch.setattr(evaluation_module, "SPREAD_SECONDS", 1e9)
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", 1e9)
     for path, arrays in arrays_of(evaluate_study(config).cells).items():
         for name in ("indices", "labels", "logits", "distance"):
             np.testing.assert_allclose(spread[path][name], arrays[name], atol=1e-5)
@@ -111,7 +111,7 @@ def test_cells_are_computed_here_until_the_processes_are_ready(
     config = configuration(tmp_path, *OVERRIDES)
     start: Future[object] = Future()
     here: list[str] = []
-    fill_cell, spread = evaluation_module.fill_cell, evaluation_module.fill_side_by_side
+    fill_cell, spread = evaluation_module.fill_cell, spreading.fill_side_by_side
     left: list[list[str]] = []
 
     def fill(cell: Cell, *others: Any) -> None:
@@ -124,9 +124,9 @@ def test_cells_are_computed_here_until_the_processes_are_ready(
         left.append([cell.attack for cell in cells])
         spread(pool, workers, cells, *others, **steps)
 
-    monkeypatch.setattr(evaluation_module, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [start])))
+    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [start])))
     monkeypatch.setattr(evaluation_module, "fill_cell", fill)
-    monkeypatch.setattr(evaluation_module, "fill_side_by_side", fill_others)
+    monkeypatch.setattr(spreading, "fill_side_by_side", fill_others)
     assert evaluate_study(config).computed == CELLS
     assert (here, left) == (["clean", "fgsm"], [["fgsm", "pgd", "pgd"]])
 
