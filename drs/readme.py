@@ -10,92 +10,21 @@ from typing import Any
 import pandas as pd
 
 from drs.config import PROJECT_ROOT
-from drs.correlation_verdicts import SETS, short
 from drs.errors import UserError
 from drs.figure_style import included, marked_label, of_group, of_setting, settings, span
 from drs.files import atomic_write
-from drs.markdown import NONE, escape, fixed, group_name, interval, percent, table, whole
+from drs.markdown import NONE, fixed, group_name, interval, percent, table, whole
 from drs.marks import MARK, has_failed
 from drs.paired import BASELINE
+from drs.readme_claims import claims_block, pairs_block, section_link
 from drs.report import read_provenance, read_tables
-from drs.report_text import effect_text
 from drs.selection import best_weight
 from drs.shown_intervals import shown_gains
-from drs.verdicts import INCONCLUSIVE, PRIMARY_LOSS, PRIMARY_WEIGHT
+from drs.verdicts import PRIMARY_LOSS, PRIMARY_WEIGHT
 
 README_STUDY = "desktop"
 """The study of results/reference that README.md is filled from."""
-PAIRS_STUDY = "pairs"
-"""The study beside it of cross-entropy and the published weight alone, on more images."""
 BENCH = PROJECT_ROOT / "results" / "bench" / "bench.csv"
-OVERALL = "all"
-_OPEN_TWICE = ", ".join(f"{name} {short(INCONCLUSIVE)}" for name in SETS)
-"""What C1's evidence begins with where neither set of attacks decides anything; it says no more than the verdict."""
-PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
-"""Whether the paper says so (arXiv 2303.12363)."""
-EVIDENCE = {
-    "C1": ("Correlations", "Partial correlations", "Granulated coefficients"),
-    "C2": ("Differences to cross-entropy", "Robust accuracy"),
-    "C3": ("Training and its time",),
-    "C4": ("Correlations",),
-    "C5": ("How much of the gain is masking", "Sanity checks"),
-}
-"""Sections of the report that each claim rests on."""
-
-
-def claims_block(study_dir: Path) -> str:
-    """Return the claims table of a study: each claim in the paper and here, over all groups and, a line for each, in
-    every one, and where to look."""
-    claims = read_tables(study_dir)["claims"]
-    rows = []
-    for _, overall in claims[claims["data"] == OVERALL].iterrows():
-        name = str(overall["claim"])
-        here = [f"**{overall['verdict']}**"]
-        for _, row in claims[(claims["claim"] == name) & (claims["data"] != OVERALL)].iterrows():
-            where = group_name(str(row["data"]), str(row["model"]))
-            told = f"{where}: {row['verdict']}; {effect_text(row)}, n = {int(row['n'])}"
-            here.append("; ".join(filter(None, [told, _why_open(row)])))
-        links = ", ".join(_section_link(study_dir, title) for title in EVIDENCE[name])
-        rows.append([f"{name}. {escape(overall['statement'])}", PAPER[name], "<br>".join(here), links])
-    return table(["claim", "paper", "here", "evidence"], rows, align="l")
-
-
-def _why_open(claim: pd.Series) -> str:
-    """Return why a group is inconclusive; nothing where it is not.
-
-    The number that is too small can be that of the settings or of the images: the evidence begins with what.
-    """
-    why = re.split("[.;] ", str(claim["evidence"]))[0] if claim["verdict"] == INCONCLUSIVE else ""
-    why = re.sub(r" \([^()]*\)", "", why)  # coefficients, which are for the report
-    if why.lower() == _OPEN_TWICE:
-        return ""
-    return escape(why[:1].lower() + why[1:])
-
-
-def pairs_block(study_dir: Path) -> str | None:
-    """Return what C2 and C5 come to in the study of the same pairs on more images, or None where it is not there.
-
-    Args:
-        study_dir: A study beside it.
-    """
-    folder = study_dir.parent / PAIRS_STUDY
-    if not (folder / "tables" / "claims.csv").is_file():
-        return None
-    claims = read_tables(folder)["claims"]
-    rows = []
-    for (data, model), group in claims[claims["data"] != OVERALL].groupby(["data", "model"], sort=False):
-        both = [group[group["claim"] == name].iloc[0] for name in ("C2", "C5")]
-        cells = ["<br>".join(filter(None, [f"{row['verdict']}; {effect_text(row)}", _why_open(row)])) for row in both]
-        rows.append([group_name(str(data), str(model)), *cells, whole(both[0]["n"]), whole(both[0]["n_images"])])
-    headers = ["", "C2: gain in the worst case", "C5: share of the gain under PGD that is left", "seeds", "images"]
-    links = ", ".join(_section_link(folder, title) for title in (EVIDENCE["C2"][0], EVIDENCE["C5"][0]))
-    return f"{table(headers, rows, align='lllrr')}\n\nEvidence: {links}."
-
-
-def _section_link(study_dir: Path, title: str) -> str:
-    """Link to a section of the study's report, from the folder that holds README.md."""
-    anchor = title.lower().replace(" ", "-")
-    return f"[{title[0].lower()}{title[1:]}](results/reference/{study_dir.name}/REPORT.md#{anchor})"
 
 
 def studies_block(study_dir: Path) -> str:
@@ -154,7 +83,7 @@ def _mark_note(text: str, study_dir: Path) -> str:
     """Say below a table what a dagger in it means, with a link to the checks."""
     if MARK not in text:
         return ""
-    link = _section_link(study_dir, "Sanity checks")
+    link = section_link(study_dir, "Sanity checks")
     return (
         f"\n\n{MARK} A model of this loss fails at least one of the {link}: some number about it is in doubt, if only "
         "by an image of a hundred."
@@ -221,8 +150,8 @@ def questions_block(study_dir: Path) -> str:
             combined.append(f"{where}: {'; '.join(_standing(rows) for rows in trained)}")
     masking, everything = "How much of the gain is masking", "All losses and procedures"
     answers = [
-        ("Other data and architectures: gain at the published weight", carried, _section_link(study_dir, masking)),
-        ("Together with adversarial training (AT)", combined, _section_link(study_dir, everything)),
+        ("Other data and architectures: gain at the published weight", carried, section_link(study_dir, masking)),
+        ("Together with adversarial training (AT)", combined, section_link(study_dir, everything)),
         (
             "Large label sets: time of the loss, forward and backward, against cross-entropy's",
             _label_sets(),

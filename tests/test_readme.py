@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import study_tables, with_failed_checks, write_study
 
-from drs import readme
+from drs import readme, readme_claims
 from drs.config import PROJECT_ROOT
 from drs.errors import UserError
 from drs.readme import README_STUDY, fill
@@ -35,7 +35,7 @@ def test_an_inconclusive_group_says_what_it_lacks(tmp_path: Path) -> None:
         reasons = {"verdict": verdict, "evidence": "2 pairs of seeds; 3 are needed. Change in points: none."}
         study = tmp_path / verdict[:3]
         write_study(study, {"models": study_tables()["models"], "claims": claims.assign(**reasons)})
-        lines[verdict] = re.findall(r"mnist/lenet: (.*?)(?:<br>| \|)", readme.claims_block(study))
+        lines[verdict] = re.findall(r"mnist/lenet: (.*?)(?:<br>| \|)", readme_claims.claims_block(study))
     assert lines["not supported"]
     for unclear, clear in zip(*lines.values(), strict=True):
         assert unclear == clear.replace("not supported", "inconclusive (n too small)") + "; 2 pairs of seeds"
@@ -45,13 +45,13 @@ def test_verdicts_for_weak_attacks_and_the_worst_case_are_named_unless_both_are_
     each = [f"Weak attacks {verdict} (FGSM -0.30, PGD -0.20), worst case inconclusive (worst case Linf 0.1). More."
             for verdict in ("not supported", "inconclusive")]  # fmt: skip
     rows = [pd.Series({"verdict": "inconclusive (n too small)", "evidence": evidence}) for evidence in each]
-    assert [readme._why_open(row) for row in rows] == ["weak attacks not supported, worst case inconclusive", ""]
+    assert [readme_claims.why_open(row) for row in rows] == ["weak attacks not supported, worst case inconclusive", ""]
 
 
 def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: Path) -> None:
     tables = study_tables()
     write_study(tmp_path / "one", tables)
-    assert readme.pairs_block(tmp_path / "one") is None
+    assert readme_claims.pairs_block(tmp_path / "one") is None
     text = "".join(f"<!-- {name} -->\nby hand\n<!-- /{name} -->\n" for name in (*readme.BLOCKS, *readme.BESIDE))
     before = fill(text, tmp_path / "one")
     assert "<!-- pairs -->\nby hand\n<!-- /pairs -->" in before and before.count("by hand") == 1
@@ -62,7 +62,7 @@ def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: P
     write_study(tmp_path / "pairs", tables | {"claims": claims})
     after = fill(text, tmp_path / "one")
     assert "by hand" not in after
-    lines = str(readme.pairs_block(tmp_path / "one")).splitlines()
+    lines = str(readme_claims.pairs_block(tmp_path / "one")).splitlines()
     assert lines[2] == (
         "| mnist/lenet | not supported; +4.2 [−1.2, +12.3] points | inconclusive (n too small); share = 0.04 "
         "[−0.01, 0.12]<br>no gain under PGD is shown | 8 | 500 |"

@@ -1,0 +1,83 @@
+"""The tables of claims in README.md: what each claim comes to, over all groups and in every one."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from drs.correlation_verdicts import SETS, short
+from drs.markdown import escape, group_name, table, whole
+from drs.report import read_tables
+from drs.report_text import effect_text
+from drs.verdicts import INCONCLUSIVE
+
+PAIRS_STUDY = "pairs"
+"""The study beside it of cross-entropy and the published weight alone, on more images."""
+OVERALL = "all"
+_OPEN_TWICE = ", ".join(f"{name} {short(INCONCLUSIVE)}" for name in SETS)
+"""What C1's evidence begins with where neither set of attacks decides anything; it says no more than the verdict."""
+PAPER = {"C1": "yes", "C2": "yes", "C3": "yes", "C4": "yes", "C5": "not examined"}
+"""Whether the paper says so (arXiv 2303.12363)."""
+EVIDENCE = {
+    "C1": ("Correlations", "Partial correlations", "Granulated coefficients"),
+    "C2": ("Differences to cross-entropy", "Robust accuracy"),
+    "C3": ("Training and its time",),
+    "C4": ("Correlations",),
+    "C5": ("How much of the gain is masking", "Sanity checks"),
+}
+"""Sections of the report that each claim rests on."""
+
+
+def claims_block(study_dir: Path) -> str:
+    """Return the claims table of a study: each claim in the paper and here, over all groups and, a line for each, in
+    every one, and where to look."""
+    claims = read_tables(study_dir)["claims"]
+    rows = []
+    for _, overall in claims[claims["data"] == OVERALL].iterrows():
+        name = str(overall["claim"])
+        here = [f"**{overall['verdict']}**"]
+        for _, row in claims[(claims["claim"] == name) & (claims["data"] != OVERALL)].iterrows():
+            where = group_name(str(row["data"]), str(row["model"]))
+            told = f"{where}: {row['verdict']}; {effect_text(row)}, n = {int(row['n'])}"
+            here.append("; ".join(filter(None, [told, why_open(row)])))
+        links = ", ".join(section_link(study_dir, title) for title in EVIDENCE[name])
+        rows.append([f"{name}. {escape(overall['statement'])}", PAPER[name], "<br>".join(here), links])
+    return table(["claim", "paper", "here", "evidence"], rows, align="l")
+
+
+def why_open(claim: pd.Series) -> str:
+    """Return why a group is inconclusive; nothing where it is not.
+
+    The number that is too small can be that of the settings or of the images: the evidence begins with what.
+    """
+    why = re.split("[.;] ", str(claim["evidence"]))[0] if claim["verdict"] == INCONCLUSIVE else ""
+    why = re.sub(r" \([^()]*\)", "", why)  # coefficients, which are for the report
+    if why.lower() == _OPEN_TWICE:
+        return ""
+    return escape(why[:1].lower() + why[1:])
+
+
+def pairs_block(study_dir: Path) -> str | None:
+    """Return what C2 and C5 come to in the study of the same pairs on more images, or None where it is not there.
+
+    Args:
+        study_dir: A study beside it.
+    """
+    folder = study_dir.parent / PAIRS_STUDY
+    if not (folder / "tables" / "claims.csv").is_file():
+        return None
+    claims = read_tables(folder)["claims"]
+    rows = []
+    for (data, model), group in claims[claims["data"] != OVERALL].groupby(["data", "model"], sort=False):
+        both = [group[group["claim"] == name].iloc[0] for name in ("C2", "C5")]
+        cells = ["<br>".join(filter(None, [f"{row['verdict']}; {effect_text(row)}", why_open(row)])) for row in both]
+        rows.append([group_name(str(data), str(model)), *cells, whole(both[0]["n"]), whole(both[0]["n_images"])])
+    headers = ["", "C2: gain in the worst case", "C5: share of the gain under PGD that is left", "seeds", "images"]
+    links = ", ".join(section_link(folder, title) for title in (EVIDENCE["C2"][0], EVIDENCE["C5"][0]))
+    return f"{table(headers, rows, align='lllrr')}\n\nEvidence: {links}."
+
+
+def section_link(study_dir: Path, title: str) -> str:
+    """Link to a section of the study's report, from the folder that holds README.md."""
+    anchor = title.lower().replace(" ", "-")
+    return f"[{title[0].lower()}{title[1:]}](results/reference/{study_dir.name}/REPORT.md#{anchor})"
