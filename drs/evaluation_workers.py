@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -73,31 +73,48 @@ def _end(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StartingPool:
     """Worker processes that may not have started yet.
 
     Attributes:
         pool: Takes tasks from the first.
-        starts: What each process does first.
+        workers: Its processes.
+        prepare: What each is to do once it is up; does little where it is called again.
+        starts: Calls of ``prepare``, each with the id of the process that took it.
     """
 
     pool: ProcessPoolExecutor
-    starts: list[Future[object]]
+    workers: int
+    prepare: Callable[[], object]
+    starts: list[Future[int]] = field(default_factory=list)
 
     def is_ready(self) -> bool:
         """Say whether nobody has to wait for the processes any more; one that failed tells of it in its next task."""
-        return all(start.done() for start in self.starts)
+        if not all(start.done() for start in self.starts):
+            return False
+        if any(start.exception() for start in self.starts):
+            return True
+        # One that is up early may have taken the calls that were meant for others.
+        missing = self.workers - len({start.result() for start in self.starts})
+        self.starts += [self.pool.submit(_prepared, self.prepare) for _ in range(missing)]
+        return missing <= 0
+
+
+def _prepared(prepare: Callable[[], object]) -> int:
+    prepare()
+    return os.getpid()
 
 
 @contextmanager
-def starting_pool(workers: int, prepare: Callable[..., object], *arguments: Any) -> Iterator[StartingPool]:
+def starting_pool(workers: int, prepare: Callable[[], object]) -> Iterator[StartingPool]:
     """Yield worker processes at once, while they start and call ``prepare``; see ``worker_pool``.
 
     Those that are still starting in the end, so that nobody has used them, are not waited for.
     """
     with worker_pool(workers) as pool:
-        starting = StartingPool(pool, [pool.submit(prepare, *arguments) for _ in range(workers)])
+        starting = StartingPool(pool, workers, prepare)
+        starting.is_ready()
         yield starting
         if not starting.is_ready():
             _end(pool)

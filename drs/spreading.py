@@ -4,12 +4,12 @@ A batch is seeded with its place among the samples of its cell, so who computes 
 order of sums, which the number of threads decides.
 """
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from drs.cell_costs import plain_cost
 from drs.cells import Cell
 from drs.errors import DamagedFileError
 from drs.evaluation_workers import StartingPool, starting_pool
@@ -24,7 +25,7 @@ from drs.filling import Before, Part, compute_part, load_test, read_before, writ
 from drs.runs import RunFolder
 
 SPREAD_SECONDS = 2.0
-"""How long a run is evaluated before other processes are started to help; less is not worth their start."""
+"""How long a run is evaluated, to the end of a cell, before other processes are started to help."""
 
 
 @dataclass
@@ -41,7 +42,7 @@ class _Open:
     done: int = 0
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _model_of(run: RunFolder, device: torch.device) -> nn.Module:
     return run.load_model(device)
 
@@ -160,7 +161,8 @@ def fill_side_by_side(
 def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps: Any) -> None:
     """Compute missing cells of one run: here, or if there may be several processes, in them as soon as they are ready.
 
-    They are started after ``SPREAD_SECONDS``, and the work goes on meanwhile.
+    They are started after ``SPREAD_SECONDS``. Meanwhile the work goes on with the cheapest cells, since the processes
+    wait for the end of the one that is at work here.
 
     Args:
         queue: The cells, in the order of the plan; those that are begun here are taken from it.
@@ -173,13 +175,25 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
         UserError: As ``fill_side_by_side``, and if a process is ended from outside.
     """
     began = time.perf_counter()
+    costs = {cell.path: plain_cost(cell, device.type) for cell in queue}
+
+    def take() -> Cell:
+        """Take the next cell, or where other processes are to help, the cheapest that waits for no other."""
+        if processes == 1:
+            return queue.pop(0)
+        unwritten = {cell.path for cell in queue}
+        free = [cell for cell in queue if not any(earlier.path in unwritten for earlier in cell.after)]
+        cell = min(free, key=lambda cell: costs[cell.path])
+        queue.remove(cell)
+        return cell
+
     with ExitStack() as stack:
         helpers: StartingPool | None = None
         while queue and not (helpers is not None and helpers.is_ready()):
             if helpers is None and processes > 1 and time.perf_counter() - began > SPREAD_SECONDS:
-                helpers = stack.enter_context(starting_pool(processes, prepare_worker, queue[0], device))
+                helpers = stack.enter_context(starting_pool(processes, partial(prepare_worker, queue[0], device)))
                 continue
-            cell = queue.pop(0)
+            cell = take()
             steps["when_begun"](cell)
             steps["when_done"](cell, steps["fill_here"](cell))
         if queue:

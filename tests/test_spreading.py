@@ -1,10 +1,12 @@
 """One run's cells spread over processes: the arrays of one process, whatever is damaged or fails on the way."""
 
+import gc
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from drs import evaluation as evaluation_module
 from drs import filling, spreading
 from drs.array_files import load_arrays_file
 from drs.cells import Cell, plan_cells
+from drs.errors import UserError
 from drs.evaluation import evaluate_study
 from drs.evaluation_workers import StartingPool, starting_pool, worker_pool
 from drs.runs import RunFolder, iterate_runs
@@ -43,7 +46,7 @@ def run(
     first = next(iter(iterate_runs(brief_results / "s")))
     shutil.copytree(first.path, tmp_path / "s" / "runs" / first.run_id)
     monkeypatch.setattr(spreading, "SPREAD_SECONDS", -1.0)
-    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [])))
+    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(StartingPool(pool, 0, nothing)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the processes has here
     yield RunFolder(tmp_path / "s" / "runs" / first.run_id)
@@ -109,7 +112,7 @@ def test_cells_are_computed_here_until_the_processes_are_ready(
     run: RunFolder, tmp_path: Path, pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configuration(tmp_path, *OVERRIDES)
-    start: Future[object] = Future()
+    start: Future[int] = Future()
     here: list[str] = []
     fill_cell, spread = evaluation_module.fill_cell, spreading.fill_side_by_side
     left: list[list[str]] = []
@@ -118,38 +121,101 @@ def test_cells_are_computed_here_until_the_processes_are_ready(
         fill_cell(cell, *others)
         here.append(cell.attack)
         if len(here) == 2:
-            start.set_result(None)
+            start.set_result(1)
 
     def fill_others(pool: ProcessPoolExecutor, workers: int, cells: list[Cell], *others: Any, **steps: Any) -> None:
         left.append([cell.attack for cell in cells])
         spread(pool, workers, cells, *others, **steps)
 
-    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(StartingPool(pool, [start])))
+    starting = StartingPool(pool, 1, nothing, [start])
+    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(starting))
     monkeypatch.setattr(evaluation_module, "fill_cell", fill)
     monkeypatch.setattr(spreading, "fill_side_by_side", fill_others)
     assert evaluate_study(config).computed == CELLS
     assert (here, left) == (["clean", "fgsm"], [["fgsm", "pgd", "pgd"]])
 
 
+def test_the_cheapest_cells_come_first_until_the_processes_are_ready(
+    run: RunFolder, tmp_path: Path, pool: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None that waits for another one; with one process each has its turn."""
+    never = StartingPool(pool, 2, nothing, [Future()])
+    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(never))
+    here: list[str] = []
+
+    def fill(cell: Cell, *others: Any) -> None:
+        filling.fill_cell(cell, *others)
+        here.append(cell.attack)
+
+    monkeypatch.setattr(evaluation_module, "fill_cell", fill)
+    overrides = [*OVERRIDES, "+suite.attacks.noise={kind: noise, norm: linf, draws: 1}"]
+    evaluate_study(configuration(tmp_path, *overrides, "workers=1"))
+    assert here == ["clean", "fgsm", "fgsm", "pgd", "pgd", "noise", "noise"]
+    here.clear()
+    shutil.rmtree(run.path / "eval")
+    evaluate_study(configuration(tmp_path, *overrides))
+    assert here[-2:] == ["pgd", "pgd"] and sorted(here[:-2]) == ["clean", "fgsm", "fgsm", "noise", "noise"]
+
+
 def test_processes_that_are_still_starting_are_not_waited_for() -> None:
     began = time.perf_counter()
-    with starting_pool(2, time.sleep, 600) as starting:
+    with starting_pool(2, partial(time.sleep, 600)) as starting:
         assert not starting.is_ready()
         processes = dict(starting.pool._processes)
     assert len(processes) == 2
-    for process in processes.values():
-        process.join(30)
-        assert process.exitcode is not None
+    assert_ended(processes)
     assert time.perf_counter() - began < 60
 
 
 def test_processes_are_ready_once_each_has_prepared_itself(run: RunFolder, tmp_path: Path) -> None:
+    """The first that is up may take the calls of both, and is not taken for both."""
     config = configuration(tmp_path, *OVERRIDES)
     cells = plan_cells(run, config.suite, {run: run.config()})
-    with starting_pool(1, prepare_worker, cells[0], torch.device("cpu")) as starting:
-        assert wait(starting.starts, 120).not_done == set()
-        assert starting.is_ready() and starting.starts[0].exception() is None
+    with starting_pool(2, partial(prepare_worker, cells[0], torch.device("cpu"))) as starting:
+        processes = dict(starting.pool._processes)
+        while not starting.is_ready():
+            wait(starting.starts, 120)
+        assert {start.result() for start in starting.starts} == set(processes)
         assert starting.pool.submit(prepared, cells[0].run).result() == (1, 1)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_processes_end_with_an_evaluation_that_fails_while_they_start(
+    brief_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """Whether what fails is a cell, or one of them."""
+    first = next(iter(iterate_runs(brief_results / "s")))
+    run = RunFolder(tmp_path / "s" / "runs" / first.run_id)
+    shutil.copytree(first.path, run.path)
+    processes: dict[int, Any] = {}
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", -1.0)
+
+    def fill(cell: Cell, *others: Any) -> None:
+        (open_pool,) = [item for item in gc.get_objects() if isinstance(item, StartingPool)]
+        processes.update(open_pool.pool._processes)
+        if not killed:
+            raise ValueError("not today")
+        for process in processes.values():
+            process.kill()
+        wait(open_pool.starts, 60)
+
+    monkeypatch.setattr(evaluation_module, "fill_cell", fill)
+    message = "ended from outside" if killed else "not today"
+    with pytest.raises(UserError, match=message):
+        evaluate_study(configuration(tmp_path, *OVERRIDES, "fail_fast=true"))
+    assert len(processes) == 2
+    assert_ended(processes)
+    assert not list(run.path.rglob(".claim*"))
+
+
+def assert_ended(processes: dict[int, Any]) -> None:
+    for process in processes.values():
+        process.join(30)
+        assert process.exitcode is not None
+
+
+def nothing() -> None:
+    """What a process that needs no preparation does."""
 
 
 def prepared(run: RunFolder) -> tuple[int, int]:
