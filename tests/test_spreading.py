@@ -148,13 +148,16 @@ def test_the_cheapest_cells_come_first_until_the_processes_are_ready(
         here.append(cell.attack)
 
     monkeypatch.setattr(evaluation_module, "fill_cell", fill)
-    overrides = [*OVERRIDES, "+suite.attacks.noise={kind: noise, norm: linf, draws: 1}"]
+    noise = "{kind: noise, norm: linf, draws: 1}"
+    after = noise.replace("}", ", decisive: true, standing_only: true}")
+    overrides = [*OVERRIDES, f"+suite.attacks.noise={noise}", f"+suite.attacks.after={after}"]
     evaluate_study(configuration(tmp_path, *overrides, "workers=1"))
-    assert here == ["clean", "fgsm", "fgsm", "pgd", "pgd", "noise", "noise"]
+    assert here == ["clean", "fgsm", "fgsm", "pgd", "pgd", "noise", "noise", "after", "after"]
     here.clear()
     shutil.rmtree(run.path / "eval")
     evaluate_study(configuration(tmp_path, *overrides))
-    assert here[-2:] == ["pgd", "pgd"] and sorted(here[:-2]) == ["clean", "fgsm", "fgsm", "noise", "noise"]
+    assert sorted(here[:5]) == ["clean", "fgsm", "fgsm", "noise", "noise"]
+    assert sorted(here[5:]) == ["after", "after", "pgd", "pgd"] and here[-1] == "after"
 
 
 def test_processes_that_are_still_starting_are_not_waited_for() -> None:
