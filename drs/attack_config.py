@@ -225,7 +225,8 @@ class SanityConfig:
     Attributes:
         n_samples: The first so many of the suite's samples.
         steps: Gradient steps of a probe; one probe doubles them.
-        restarts: Of every probe, the first from the clean image; one probe doubles them.
+        restarts: Of a probe, the first from the clean image. One probe doubles them, and two have K-1 times as many, as
+            one towards each of the other classes has.
         relative_step_size: The first step as a share of epsilon.
         batch_size: Samples per batch.
         seed: Of the random starts.

@@ -50,8 +50,10 @@ def why_open(claim: pd.Series) -> str:
 
     The number that is too small can be that of the settings or of the images: the evidence begins with what.
     """
-    why = re.split("[.;] ", str(claim["evidence"]))[0] if claim["verdict"] == INCONCLUSIVE else ""
-    why = re.sub(r" \([^()]*\)", "", why)  # coefficients, which are for the report
+    why, inside = str(claim["evidence"]) if claim["verdict"] == INCONCLUSIVE else "", 1
+    while inside:  # coefficients, which are for the report, with what is in brackets beside them
+        why, inside = re.subn(r" \([^()]*\)", "", why)
+    why = re.split("[.;] ", why)[0]
     if why.lower() == _OPEN_TWICE:
         return ""
     return escape(why[:1].lower() + why[1:])

@@ -55,9 +55,10 @@ CHECKS = {
     "more_restarts": Check(0.005, "change of robust accuracy, either way, when margin PGD restarts twice as often",
                            below=True, share=False),
     "objective_spread": Check(0.02, "largest less smallest robust accuracy under PGD on cross-entropy, on the margin, "
-                                    "and on the margin to each target, as many climbs each", share=False, marks=False),
+                                    "and on the margin to each target, with equally many climbs", share=False,
+                              marks=False),
     "objective_gap": Check(0.02, "how much lower PGD gets on the margin, or on the margin to each target, than on "
-                                  "cross-entropy, as many climbs each", share=False),
+                                  "cross-entropy, with equally many climbs", share=False),
     "logit_shift": Check(0.0, "share of images for which PGD on cross-entropy ends otherwise when a constant is added "
                               "to all logits"),
     "logit_rescaling": Check(0.0, "largest change of robust accuracy, either way, when PGD on cross-entropy sees the "

@@ -42,10 +42,16 @@ def test_an_inconclusive_group_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_verdicts_for_weak_attacks_and_the_worst_case_are_named_unless_both_are_open() -> None:
-    each = [f"Weak attacks {verdict} (FGSM -0.30, PGD -0.20), worst case inconclusive (worst case Linf 0.1). More."
-            for verdict in ("not supported", "inconclusive")]  # fmt: skip
+    reasons = [
+        ("not supported", "FGSM -0.30, PGD -0.20"),
+        ("inconclusive", "FGSM -0.30, PGD -0.20"),
+        ("inconclusive", "FGSM 0.10: not shown (no coefficient) for FGSM, and not ruled out"),
+        ("not supported", "5 settings of loss and weight; 6 are needed, seeds do not replace them"),
+    ]
+    each = [f"Weak attacks {verdict} ({reason}), worst case inconclusive (0.1). More." for verdict, reason in reasons]
     rows = [pd.Series({"verdict": "inconclusive (n too small)", "evidence": evidence}) for evidence in each]
-    assert [readme_claims.why_open(row) for row in rows] == ["weak attacks not supported, worst case inconclusive", ""]
+    said = "weak attacks not supported, worst case inconclusive"
+    assert [readme_claims.why_open(row) for row in rows] == [said, "", "", said]
 
 
 def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: Path) -> None:

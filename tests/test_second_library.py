@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from drs import agreement
 from drs.agreement import FIXED_CW, INSIDE, SHIFT, SOUND_CW, WIDE_CW, agreement_table, compare
 from drs.attack_config import CWTorchattacksConfig, HopSkipJumpConfig, SquareConfig
-from drs.attacks import Attack, AttackOutcome, build_attack, run_attack
+from drs.attacks import Attack, AttackOutcome, build_attack, run_attack, second_library
 from drs.attacks.second_library import (
     ArtHopSkipJump,
     ArtSquare,
@@ -149,3 +149,13 @@ def test_random_searches_are_averaged_over_seeds_and_a_costly_one_sees_some_imag
     assert not torch.equal(found[0], found[1]), "each seed draws for itself"
     assert agreement_table([square]).splitlines()[2].count(" to ") == 2
     assert " / " in agreement_table([hop]).splitlines()[2].split("|")[-2]
+
+
+def test_art_draws_by_torch_s_seed_and_leaves_numpy_s_generator_alone() -> None:
+    before, drawn = np.random.get_state()[1].copy(), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        with second_library._NumpySeed():
+            drawn.append(float(np.random.random()))
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert (np.random.get_state()[1] == before).all()

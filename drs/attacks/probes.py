@@ -71,7 +71,8 @@ def run_probes(
 
     The probes: ``clean``; ``epsilon_0`` (margin PGD with a ball of no size); ``ce`` and ``margin`` PGD;
     ``ce_climbs``, ``margin_climbs`` and ``targeted``, which climb equally often, K-1 times for each restart: on
-    cross-entropy, on the margin, and on the margin to each of the other classes in turn; ``ce_best`` and ``ce_last``
+    cross-entropy and on the margin, at first from the clean image and then from random starts, and on the margin to
+    each of the other classes in turn, at first all from the clean image; ``ce_best`` and ``ce_last``
     (the best and the last iterate of one climb of cross-entropy from the clean image, on which nothing is dropped);
     ``more_steps`` and ``more_restarts`` (``margin`` with twice of each); ``scaled_<factor>``, ``normalised`` and
     ``shifted`` (``ce`` on logits multiplied by a factor, multiplied by ``drs.attacks.objectives.logit_scale``, and
