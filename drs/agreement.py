@@ -81,10 +81,10 @@ STRONGER = {"fab_t": MARGIN, "cw_torchattacks": WIDE_CW}
 """A library attack -> an attack of another kind that finds more, shown beside it; they need not agree."""
 NEED_ART = ("square", "hop_skip_jump")
 """Attacks whose second implementation is in an optional package."""
-CHANGES: dict[str, dict[str, Any]] = {"square": {"n_queries": 500}}
+CHANGES: dict[str, dict[str, Any]] = {"square": {"n_queries": 500}, "hop_skip_jump": {"steps": 16}}
 """Settings of an attack that are not the suite's, because of what they cost; both implementations have them."""
 IMAGES = {"hop_skip_jump": 200}
-"""The most images for an attack that makes some 12000 queries for each."""
+"""The most images for an attack that makes thousands of queries for each."""
 SEEDS = {"square": 3, "hop_skip_jump": 3}
 """Over how many seeds a random search is averaged."""
 INSIDE = 0.01

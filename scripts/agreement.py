@@ -6,11 +6,10 @@
 FOLDER is a study, by default results/reference/laptop; a NAME is a folder of its models/ or its runs/, or the path of a
 model's folder, by default every published model of mnist. A row of the table is a library attack at a radius, beside an
 attack of this project or of another library on the same problem (drs/agreement.py says which). They agree where their
-robust accuracies are within one point, or for hop_skip_jump the median norms within 5 %. Rows for strength show what an
-attack misses of a stronger one, which it need not agree with. With 300 images a LeNet takes about ten minutes on a
-core, a few of them for square and hop_skip_jump, which need the optional package adversarial-robustness-toolbox and are
-left out where it is not installed. With --append the table is added to what FILE has. Exit status 1 says that some do
-not agree that must.
+robust accuracies are within one point. Rows for strength show what an attack misses of a stronger one, which it need
+not agree with. With 300 images a LeNet takes about twenty minutes on a core, half of them for hop_skip_jump; that and
+square need the optional package adversarial-robustness-toolbox and are left out where it is not installed. With
+--append the table is added to what FILE has. Exit status 1 says that some do not agree that must.
 """
 
 import argparse
@@ -55,7 +54,7 @@ NOTES = {
     ),
     "hop_skip_jump": (
         "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over three seeds. "
-        "Both get the same starts, steps, queries and threshold of the binary search, and ART's last step is followed "
+        "Both get the same starts, 16 steps rather than the suite's 32, the same queries and the same threshold of the binary search, and ART's last step is followed "
         "by a search for the boundary, as foolbox's is. As ART runs it, it solves another problem: its starts are of "
         "noise alone, its threshold is 0.01/d rather than 1/d² for d pixel values, and it ends off the boundary."
     ),

@@ -132,6 +132,7 @@ def test_random_searches_are_averaged_over_seeds_and_a_costly_one_sees_some_imag
     digits_model: nn.Module, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(agreement.CHANGES, "square", {"n_queries": 30})
+    monkeypatch.setitem(agreement.CHANGES, "hop_skip_jump", {})
     monkeypatch.setitem(agreement.IMAGES, "hop_skip_jump", 6)
     attacks = {
         "square": SquareConfig("square", "linf", n_samples=5, n_queries=10**9),
