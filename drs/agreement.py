@@ -85,7 +85,7 @@ CHANGES: dict[str, dict[str, Any]] = {"square": {"n_queries": 500}, "hop_skip_ju
 """Settings of an attack that are not the suite's, because of what they cost; both implementations have them."""
 IMAGES = {"hop_skip_jump": 200}
 """The most images for an attack that makes thousands of queries for each."""
-SEEDS = {"square": 3, "hop_skip_jump": 3}
+SEEDS = {"square": 3, "hop_skip_jump": 6}
 """Over how many seeds a random search is averaged."""
 INSIDE = 0.01
 """By how much pixels are drawn inside (0,1) for torchattacks' CW, which cannot move those at the ends."""

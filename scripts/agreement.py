@@ -53,11 +53,11 @@ NOTES = {
         "are means over three seeds."
     ),
     "hop_skip_jump": (
-        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over three seeds. "
+        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over six seeds. "
         "Both get the same starts, 16 steps rather than the suite's 32, the same queries and the same threshold of the "
         "binary search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, "
         "it solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² for d "
-        "pixel values, and it ends off the boundary."
+        "pixel values, it measures the radius of its noise off the boundary, and it ends there."
     ),
     "cw_torchattacks": (
         f"cw_torchattacks, sound: on images drawn to [{INSIDE:g}, {1 - INSIDE:g}], with logits raised by {SHIFT:g} and "

@@ -143,10 +143,10 @@ def test_random_searches_are_averaged_over_seeds_and_a_costly_one_sees_some_imag
     square, hop = compare("mlp", "toy", digits_model, images, labels, suite, ["square", "hop_skip_jump"])
     assert (square.n, len(square.standing), len(square.standing_second), square.medians) == (60, 3, 3, None)
     assert len({*square.standing, *square.standing_second}) > 1, "each seed draws for itself"
-    assert (hop.n, len(hop.standing), len(hop.standing_second)) == (6, 3, 3) and hop.medians is not None
+    assert (hop.n, len(hop.standing), len(hop.standing_second)) == (6, 6, 6) and hop.medians is not None
     hop_skip_jump = build_attack(attacks["hop_skip_jump"])
-    found = [run_attack(hop_skip_jump, digits_model, images[:6], labels[:6], seed=seed).distance for seed in range(3)]
-    assert hop.medians[0] == pytest.approx(sum(float(one.median()) for one in found) / 3)
+    found = [run_attack(hop_skip_jump, digits_model, images[:6], labels[:6], seed=seed).distance for seed in range(6)]
+    assert hop.medians[0] == pytest.approx(sum(float(one.median()) for one in found) / 6)
     assert not torch.equal(found[0], found[1]), "each seed draws for itself"
     assert agreement_table([square]).splitlines()[2].count(" to ") == 2
     assert " / " in agreement_table([hop]).splitlines()[2].split("|")[-2]
@@ -160,3 +160,21 @@ def test_art_draws_by_torch_s_seed_and_leaves_numpy_s_generator_alone() -> None:
             drawn.append(float(np.random.random()))
     assert drawn[0] == drawn[2] != drawn[1]
     assert (np.random.get_state()[1] == before).all()
+
+
+@needs_art
+def test_art_takes_the_radius_of_its_noise_from_the_sample_that_it_puts_the_noise_on() -> None:
+    """As ART has it, the first radius after a step is that of the step's end, which the search then moves inwards."""
+    model, images, _ = linear_problem(classes=3)
+    attack = importlib.import_module("art.attacks.evasion").HopSkipJump(
+        second_library._art_classifier(model, images), norm=np.inf, verbose=False
+    )
+    taken: list[float] = []
+    attack._compute_update = lambda **given: taken.append(given["delta"])
+    attack.curr_iter = 1
+    second_library._measure_noise_at_boundary(attack)
+    original, far, near = np.zeros(3), np.full(3, 0.4), np.full(3, 0.1)
+    bounds = {"clip_min": 0.0, "clip_max": 1.0}
+    asked = attack._compute_delta(current_sample=far, original_sample=original, **bounds)
+    attack._compute_update(current_sample=near, num_eval=1, delta=asked, target=0, mask=None, **bounds)
+    assert taken == [pytest.approx(asked / 4)]

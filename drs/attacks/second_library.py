@@ -97,10 +97,11 @@ def _draws_of_torch(module: Any, seed: int) -> Iterator[None]:
 class ArtHopSkipJump(HopSkipJump):
     """HopSkipJump in Linf, ART's implementation, made to solve the problem that foolbox's does.
 
-    Four things are set alike. The starts are those of ``HopSkipJump``: ART's own are of noise alone, which a model may
+    Five things are set alike. The starts are those of ``HopSkipJump``: ART's own are of noise alone, which a model may
     give the label. The threshold of the binary search, which sets the radius of the noise too, is 1/d^2 for d pixel
     values, as in the paper and in foolbox; ART's is 0.01/d. ART ends with a step off the boundary, of up to
-    1/sqrt(steps) of the norm, and is brought back to it here. Queries are counted alike by both.
+    1/sqrt(steps) of the norm, and is brought back to it here. And ART takes the radius of the noise from the norm
+    before a search for the boundary, foolbox from that after it, as is done here. Queries are counted alike by both.
     """
 
     def __init__(self, steps: int, initial_gradient_eval_steps: int, max_gradient_eval_steps: int) -> None:
@@ -119,6 +120,7 @@ class ArtHopSkipJump(HopSkipJump):
             _art_classifier(model, images), norm=np.inf, batch_size=1000, verbose=False, **self.options
         )
         attack.theta = 1 / images[0].numel() ** 2
+        _measure_noise_at_boundary(attack)
         result = images.clone()
         if bool(begun.any()):
             clean, truth = images[begun].cpu().numpy(), labels[begun].cpu().numpy()
@@ -130,6 +132,25 @@ class ArtHopSkipJump(HopSkipJump):
             ]
             result[begun] = torch.from_numpy(np.stack(ends)).to(images)
         return settle(model, images, result, labels)
+
+
+def _measure_noise_at_boundary(attack: Any) -> None:
+    """Have ART's HopSkipJump take the radius of its noise from the sample that it puts the noise on."""
+    measure, update = attack._compute_delta, attack._compute_update
+    original: dict[str, Any] = {}
+
+    def remember(*, current_sample: Any, original_sample: Any, **bounds: float) -> float:
+        original["original_sample"] = original_sample
+        return float(measure(current_sample=current_sample, original_sample=original_sample, **bounds))
+
+    def update_from_boundary(
+        *, current_sample: Any, delta: float, clip_min: float, clip_max: float, **rest: Any
+    ) -> Any:
+        bounds = {"clip_min": clip_min, "clip_max": clip_max}
+        delta = measure(current_sample=current_sample, **original, **bounds)
+        return update(current_sample=current_sample, delta=delta, **bounds, **rest)
+
+    attack._compute_delta, attack._compute_update = remember, from_boundary
 
 
 class _NumpySeed:
