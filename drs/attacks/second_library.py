@@ -143,9 +143,7 @@ def _measure_noise_at_boundary(attack: Any) -> None:
         original["original_sample"] = original_sample
         return float(measure(current_sample=current_sample, original_sample=original_sample, **bounds))
 
-    def update_from_boundary(
-        *, current_sample: Any, delta: float, clip_min: float, clip_max: float, **rest: Any
-    ) -> Any:
+    def from_boundary(*, current_sample: Any, delta: float, clip_min: float, clip_max: float, **rest: Any) -> Any:
         bounds = {"clip_min": clip_min, "clip_max": clip_max}
         delta = measure(current_sample=current_sample, **original, **bounds)
         return update(current_sample=current_sample, delta=delta, **bounds, **rest)
