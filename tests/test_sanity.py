@@ -110,6 +110,7 @@ def test_an_honest_model_passes_everything_that_was_run() -> None:
         ({"margin_climbs": 36}, {"objective_gap": 0.04, "objective_spread": 0.04}),
         # What one climb finds is not compared with what nine find.
         ({"margin": 36, "more_steps": 36, "more_restarts": 36}, {}),
+        ({"ce_climbs": 36, "margin_climbs": 36, "targeted": 36}, {}),
         ({"scaled_10": 30}, {"logit_shift_and_scale": 0.10, "logit_rescaling": 0.10}),
         ({"normalised": 30}, {"logit_shift_and_scale": 0.10, "logit_rescaling": 0.10}),
         ({"scaled_0.1": 39}, {"logit_rescaling": 0.01}),
