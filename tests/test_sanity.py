@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityCon
 from drs.attacks import build_attack, probes, run_attack
 from drs.attacks.projected import ProjectedAttack
 from drs.cells import Cell, find_twin, plan_cells, standing_at
-from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config
+from drs.config import PROJECT_ROOT, TrainConfig, evaluate_config, fingerprint
 from drs.data import LabelledImages
 from drs.figure_style import wilson_interval
 from drs.filling import fill_cell, load_test
@@ -336,3 +337,18 @@ def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFol
     cumulative = {item["attack"] for item in reading.accuracy if item["cumulative"]}
     assert cumulative == {"apgd_ce", "adaptive", "apgd_t", "square"}
     assert isinstance(bounded[2].config, ProjectedConfig)
+
+
+def test_cells_of_probes_that_were_compared_otherwise_are_not_taken_for_these() -> None:
+    """The probes had other climbs once, under the same settings."""
+    config = compose_train("data=digits", "model=mlp")
+    run = RunFolder(Path("run"))
+    checks = suite().sanity
+    assert checks is not None
+    (cell,) = [cell for cell in plan_cells(run, suite(), {run: config}) if cell.attack == "sanity"]
+    settings = {key: value for key, value in asdict(checks).items() if key != "n_samples"}
+    content = {"data": "digits", "n": cell.n, "attack": settings, "epsilon": str(cell.epsilon.value),
+               "batch_size": cell.batch_size}  # fmt: skip
+    before, now = (fingerprint(one, 8) for one in (content, content | {"compared": "climbs"}))
+    assert cell.path.name == f"sanity@{cell.epsilon.label}-{now}.npz"
+    assert now != before
