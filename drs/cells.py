@@ -210,6 +210,8 @@ def _cell(
             objectives = tuple(config.objectives) or _adaptive_objectives(train.loss.name)
             settings["objectives"] = list(objectives)
         content |= {"attack": settings, "epsilon": str(epsilon.value), "batch_size": batch_size}
+    if isinstance(config, HopSkipJumpConfig):
+        content["noise"] = "per image"  # once its radius was that of a batch, which left each image a share of it
     if isinstance(config, SanityConfig):
         content["compared"] = "climbs"  # objectives were once compared by restarts: nine climbs on targets to one
     if source is not None:

@@ -3,6 +3,7 @@
 import random
 import warnings
 
+import eagerpy
 import foolbox
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from drs.attack_config import (
 )
 from drs.attacks import build_attack, run_attack
 from drs.attacks.autoattack import shortest_move_onto_plane
+from drs.attacks.decision_based import QUERIES_AT_ONCE, RepeatedMisclassification, SamplewiseHopSkipJump
 from drs.attacks.minimal_norm import settle
 from drs.data import LabelledImages
 from drs.errors import UserError
@@ -246,6 +248,73 @@ def test_hop_skip_jump_steps_in_l2_do_not_shrink_with_the_batch(digits_model: nn
         run_attack(attack, digits_model, images, labels, batch_size=size).distance.median() for size in (10, 1)
     )
     assert float(together / alone) < 1.12
+
+
+def estimates(
+    attack: foolbox.attacks.HopSkipJumpAttack, model: nn.Module, points: torch.Tensor, labels: torch.Tensor, copies: int
+) -> torch.Tensor:
+    """Estimates of the gradient ``[B, C, H, W]`` with noise of radius 1/8 to B/8."""
+    is_adversarial = foolbox.attacks.base.get_is_adversarial(
+        RepeatedMisclassification(labels), foolbox.PyTorchModel(model, bounds=(0, 1))
+    )
+    torch.manual_seed(0)
+    radius = torch.arange(1.0, len(points) + 1) / 8
+    found: torch.Tensor = attack.approximate_gradients(
+        is_adversarial, eagerpy.astensor(points), copies, eagerpy.astensor(radius)
+    ).raw
+    return found
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_hop_skip_jump_estimates_as_foolbox_does_for_a_single_image(
+    norm: str, digits_model: nn.Module, digits: Digits
+) -> None:
+    images, labels = digits[2].pixels()[:6], digits[2].labels[:6]
+    ours, theirs = (kind(constraint=norm) for kind in (SamplewiseHopSkipJump, foolbox.attacks.HopSkipJumpAttack))
+    alone = []
+    for place in range(6):
+        pair = [estimates(attack, digits_model, images[[place]], labels[[place]], 600) for attack in (ours, theirs)]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+        alone.append(pair[0])
+    assert max(float((one - alone[0]).norm()) for one in alone) > 0.5, "each image has an estimate of its own"
+
+
+def test_hop_skip_jump_puts_noise_of_its_radius_on_each_image_of_a_batch(
+    digits_model: nn.Module, digits: Digits
+) -> None:
+    """foolbox's own is shorter by the square root of the batch size."""
+    labels, points, asked = digits[2].labels[:2], torch.full((2, 1, 8, 8), 0.5), []
+    for kind in (SamplewiseHopSkipJump, foolbox.attacks.HopSkipJumpAttack):
+        seen: list[torch.Tensor] = []
+        hook = digits_model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        # At these radii no pixel leaves [0,1].
+        estimates(kind(constraint="l2"), digits_model, points, labels, 100)
+        hook.remove()
+        lengths = (torch.cat(seen) - 0.5).flatten(1).norm(dim=1).view(-1, 2)
+        asked.append((lengths.median(dim=0).values / torch.tensor([1 / 8, 2 / 8])).tolist())
+    assert asked[0] == pytest.approx([1, 1], abs=1e-4)
+    assert asked[1] == pytest.approx([2**-0.5] * 2, rel=0.1)
+
+
+def test_hop_skip_jump_asks_for_many_noisy_copies_at_a_time(digits_model: nn.Module, digits: Digits) -> None:
+    images, labels = digits[2].pixels()[:7], digits[2].labels[:7]
+    seen: list[int] = []
+    hook = digits_model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    found = estimates(SamplewiseHopSkipJump(constraint="linf"), digits_model, images, labels, 100)
+    hook.remove()
+    assert sum(seen) == 700 and max(seen) <= QUERIES_AT_ONCE and len(seen) == 2
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(7))
+
+
+@pytest.mark.parametrize("sides", ["all", "none"])
+def test_hop_skip_jump_has_an_estimate_where_all_copies_are_on_one_side(sides: str, digits: Digits) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    labels = torch.full((4,), 0 if sides == "none" else 1)
+    found = estimates(SamplewiseHopSkipJump(constraint="l2"), model, digits[2].pixels()[:4], labels, 50)
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(4))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -340,15 +340,19 @@ def test_cascade_attacks_what_stands_and_keeps_what_has_fallen(runs: list[RunFol
 
 
 def test_cells_of_probes_that_were_compared_otherwise_are_not_taken_for_these() -> None:
-    """The probes had other climbs once, under the same settings."""
+    """The probes had other climbs once, under the same settings, and HopSkipJump had other noise."""
     config = compose_train("data=digits", "model=mlp")
-    run = RunFolder(Path("run"))
-    checks = suite().sanity
-    assert checks is not None
-    (cell,) = [cell for cell in plan_cells(run, suite(), {run: config}) if cell.attack == "sanity"]
-    settings = {key: value for key, value in asdict(checks).items() if key != "n_samples"}
-    content = {"data": "digits", "n": cell.n, "attack": settings, "epsilon": str(cell.epsilon.value),
-               "batch_size": cell.batch_size}  # fmt: skip
-    before, now = (fingerprint(one, 8) for one in (content, content | {"compared": "climbs"}))
-    assert cell.path.name == f"sanity@{cell.epsilon.label}-{now}.npz"
-    assert now != before
+    whole = suite("suite=strong")
+    cells = {cell.attack: cell for cell in plan_cells(RunFolder(Path("run")), whole, {RunFolder(Path("run")): config})}
+    for name, selection, mark in (
+        ("sanity", ("n_samples",), {"compared": "climbs"}),
+        ("hop_skip_jump", ("n_samples", "decisive", "standing_only"), {"noise": "per image"}),
+    ):
+        cell = cells[name]
+        assert cell.config is not None
+        settings = {key: value for key, value in asdict(cell.config).items() if key not in selection}
+        content = {"data": "digits", "n": cell.n, "attack": settings, "epsilon": str(cell.epsilon.value),
+                   "batch_size": cell.batch_size}  # fmt: skip
+        before, now = (fingerprint(one, 8) for one in (content, content | mark))
+        assert cell.path.stem.endswith(f"-{now}")
+        assert now != before

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import eagerpy
 import foolbox
 import torch
 from torch import Tensor, nn
@@ -11,20 +12,63 @@ from drs.attacks.minimal_norm import other_class_images, settle
 
 AT_ONCE = 10
 """Samples searched together: each needs hundreds of noisy copies of itself in memory."""
+QUERIES_AT_ONCE = 512
+"""Noisy copies that the model sees in one batch, about."""
+
+
+class RepeatedMisclassification(foolbox.criteria.Criterion):
+    """Whether images are misclassified: those of the labels ``[B]``, or several rounds of them, one after another."""
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.labels!r})"
+
+    def __call__(self, perturbed: Any, outputs: Any) -> Any:
+        """Return bool ``[R*B]`` for outputs ``[R*B, K]``."""
+        logits, restore = eagerpy.astensor_(outputs)
+        fooled = logits.raw.argmax(dim=-1).view(-1, len(self.labels)) != self.labels
+        return restore(eagerpy.astensor(fooled.flatten()))
 
 
 class SamplewiseHopSkipJump(foolbox.attacks.HopSkipJumpAttack):
-    """foolbox's attack with a gradient estimate of length 1 for each sample, as the paper has it.
+    """foolbox's attack with an estimate of the gradient for each sample by itself, as the paper has it.
 
-    foolbox 3.3.4 divides by the norm over the whole batch, so that in L2 every step is too short by the square root of
-    the batch size; in Linf only the sign counts.
+    foolbox 3.3.4 takes norms over the whole batch where it makes the noise and where it scales the estimate: the noise
+    is shorter than its radius by about the square root of the batch size, and in L2 so is every step. And it asks for
+    the class of one noisy copy of each sample at a time, hundreds of times in a row; here they come in large batches.
+    The criterion must be a ``RepeatedMisclassification``.
     """
 
     def approximate_gradients(self, is_adversarial: Any, x_advs: Any, steps: int, delta: Any) -> Any:
-        """Return the estimates ``[B, C, H, W]``, each of L2 norm 1."""
-        gradients = super().approximate_gradients(is_adversarial, x_advs, steps, delta)
-        norms = gradients.flatten(1).norms.l2(axis=-1) + 1e-12
-        return gradients / norms.reshape((-1, *[1] * (gradients.ndim - 1)))
+        """Return the estimates ``[B, C, H, W]``, each of L2 norm 1 (arXiv 1904.02144, equation 16).
+
+        Args:
+            is_adversarial: Takes images ``[R*B, C, H, W]``, returns bool ``[R*B]``.
+            x_advs: ``[B, C, H, W]`` on the decision boundary.
+            steps: Noisy copies S of each sample.
+            delta: ``[B]``, the length of the noise.
+        """
+        count, shape = len(x_advs), (steps, *x_advs.shape)
+        noise = (
+            eagerpy.normal(x_advs, shape) if self.constraint == "l2" else eagerpy.uniform(x_advs, shape, -1, 1)
+        ).raw
+        centre, radius = x_advs.raw, delta.raw.view(-1, 1, 1, 1)
+        length = torch.linalg.vector_norm(noise.flatten(2), dim=2).view(steps, count, 1, 1, 1)
+        noisy = (centre + radius * (noise / (length + 1e-12))).clamp(0, 1)
+        answers = [
+            is_adversarial(eagerpy.astensor(part.flatten(0, 1))).raw.view(-1, count)
+            for part in noisy.split(max(1, QUERIES_AT_ONCE // count))
+        ]
+        signs = 2.0 * torch.cat(answers).to(centre.dtype) - 1
+        mean = signs.mean(dim=0)
+        # Where all copies are on one side their mean is no baseline: it would leave nothing.
+        weights = torch.where(mean.abs() == 1, signs, signs - mean).view(steps, count, 1, 1, 1)
+        gradients = (weights * ((noisy - centre) / (radius + 1e-8))).mean(dim=0)
+        norms = torch.linalg.vector_norm(gradients.flatten(1), dim=1).view(-1, 1, 1, 1)
+        return eagerpy.astensor(gradients / (norms + 1e-12))
 
 
 class HopSkipJump:
@@ -65,7 +109,7 @@ class HopSkipJump:
             starts, begun = self._starts(model, wrapped, images, part, labels[part])
             part, starts = part[begun], starts[begun]
             if len(part):
-                criterion = foolbox.criteria.Misclassification(labels[part])
+                criterion = RepeatedMisclassification(labels[part])
                 result[part] = self.attack.run(wrapped, images[part], criterion, starting_points=starts)
         return settle(model, images, result, labels)
 
