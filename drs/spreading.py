@@ -4,6 +4,7 @@ A batch is seeded with its place among the samples of its cell, so who computes 
 order of sums, which the number of threads decides.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -17,15 +18,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from drs.cell_costs import plain_cost
+from drs.attacks.replay import SIZES
+from drs.cell_costs import images_of, plain_cost
 from drs.cells import Cell
 from drs.errors import DamagedFileError
 from drs.evaluation_workers import StartingPool, starting_pool
 from drs.filling import Before, Part, compute_part, load_test, read_before, write_cell
 from drs.runs import RunFolder
 
-SPREAD_SECONDS = 2.0
-"""How long a run is evaluated, to the end of a cell, before other processes are started to help."""
+SPREAD_SECONDS = {"cpu": 2.0}
+"""How long a run is evaluated, to the end of a cell, before other processes are started to help; on a card not at all,
+where they take long to start and have to be asked for."""
+LARGE = {"cuda": SIZES[-1]}
+"""Images beyond which a batch keeps a device busy by itself. Processes take turns on a card, so two such batches gain
+nothing from each other, and long searches on few images, which ask for little of it, wait for both at every step."""
 
 
 @dataclass
@@ -74,6 +80,10 @@ def in_order_of_need(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda cell: -heights[cell.path])
 
 
+def _is_large(count: int, device: torch.device) -> bool:
+    return count > LARGE.get(device.type, math.inf)
+
+
 def fill_side_by_side(
     pool: ProcessPoolExecutor,
     workers: int,
@@ -87,6 +97,8 @@ def fill_side_by_side(
     on_images: Callable[[Cell, int, int], None],
 ) -> None:
     """Compute cells of one run in worker processes, as many batches at a time as there are workers.
+
+    Large batches (``LARGE``) are in half of the workers at most, so that the others get on with small ones.
 
     Args:
         pool: Of ``drs.evaluation_workers.worker_pool``.
@@ -114,10 +126,25 @@ def fill_side_by_side(
         unwritten.discard(opened.cell.path)
         when_done(opened.cell, 1)
 
+    def room_for_large() -> bool:
+        large = sum(_is_large(stop - start, device) for _, start, stop in running.values())
+        return large < max(1, workers // 2)
+
+    def next_at_work() -> _Open | None:
+        """Return the first cell at work with a batch that may be computed now."""
+        room = room_for_large()
+        for opened in at_work:
+            if opened.todo and (room or not _is_large(opened.todo[0][1] - opened.todo[0][0], device)):
+                return opened
+        return None
+
     def begin_next() -> bool:
-        """Begin the first cell that waits for no other; return whether there is one."""
+        """Begin the first cell that waits for no other and may be computed now; return whether there is one."""
+        room = room_for_large()
         for cell in waiting:
             if any(earlier.path in unwritten for earlier in cell.after):
+                continue
+            if not room and _is_large(min(images_of(cell), cell.batch_size), device):
                 continue
             waiting.remove(cell)
             when_begun(cell)
@@ -139,7 +166,7 @@ def fill_side_by_side(
 
     while waiting or at_work:
         while len(running) < workers:
-            opened = next((opened for opened in at_work if opened.todo), None)
+            opened = next_at_work()
             if opened is None:
                 if not begin_next():
                     break
@@ -161,8 +188,8 @@ def fill_side_by_side(
 def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps: Any) -> None:
     """Compute missing cells of one run: here, or if there may be several processes, in them as soon as they are ready.
 
-    They are started after ``SPREAD_SECONDS``. Meanwhile the work goes on with the cheapest cells, since the processes
-    wait for the end of the one that is at work here.
+    They are started after ``SPREAD_SECONDS``. Meanwhile the work goes on: on a CPU with the cheapest cells, since the
+    processes wait for the end of the one that is at work here, and on a card with those that the most others wait for.
 
     Args:
         queue: The cells, in the order of the plan; those that are begun here are taken from it.
@@ -174,23 +201,26 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
     Raises:
         UserError: As ``fill_side_by_side``, and if a process is ended from outside.
     """
-    began = time.perf_counter()
+    began, wait_for = time.perf_counter(), SPREAD_SECONDS.get(device.type, 0.0)
     costs = {cell.path: plain_cost(cell, device.type) for cell in queue}
 
     def take() -> Cell:
-        """Take the next cell, or where other processes are to help, the cheapest that waits for no other."""
+        """Take the next cell, or where other processes are to help, one that waits for no other."""
         if processes == 1:
             return queue.pop(0)
         unwritten = {cell.path for cell in queue}
         free = [cell for cell in queue if not any(earlier.path in unwritten for earlier in cell.after)]
-        cell = min(free, key=lambda cell: costs[cell.path])
+        if device.type in LARGE:
+            cell = next(cell for cell in in_order_of_need(queue) if cell in free)
+        else:
+            cell = min(free, key=lambda cell: costs[cell.path])
         queue.remove(cell)
         return cell
 
     with ExitStack() as stack:
         helpers: StartingPool | None = None
         while queue and not (helpers is not None and helpers.is_ready()):
-            if helpers is None and processes > 1 and time.perf_counter() - began > SPREAD_SECONDS:
+            if helpers is None and processes > 1 and time.perf_counter() - began >= wait_for:
                 helpers = stack.enter_context(starting_pool(processes, partial(prepare_worker, queue[0], device)))
                 continue
             cell = take()
@@ -198,4 +228,6 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
             steps["when_done"](cell, steps["fill_here"](cell))
         if queue:
             assert helpers is not None
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the memory is theirs now
             fill_side_by_side(helpers.pool, processes, queue, device, **steps)

@@ -2,9 +2,11 @@
 
 import gc
 import shutil
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,7 +47,7 @@ def run(
     """The only run of a study; all of its evaluation is spread."""
     first = next(iter(iterate_runs(brief_results / "s")))
     shutil.copytree(first.path, tmp_path / "s" / "runs" / first.run_id)
-    monkeypatch.setattr(spreading, "SPREAD_SECONDS", -1.0)
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {"cpu": -1.0})
     monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(StartingPool(pool, 0, nothing)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the processes has here
@@ -66,7 +68,7 @@ def test_spread_batches_are_those_of_one_process(
     spread = arrays_of(found.cells)
     assert any(0 < arrays["attacked"].sum() < 30 for arrays in spread.values() if "attacked" in arrays)
     shutil.rmtree(run.path / "eval")
-    monkeypatch.setattr(spreading, "SPREAD_SECONDS", 1e9)
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {"cpu": 1e9})
     for path, arrays in arrays_of(evaluate_study(config).cells).items():
         for name in ("indices", "labels", "logits", "distance"):
             np.testing.assert_allclose(spread[path][name], arrays[name], atol=1e-5)
@@ -160,6 +162,58 @@ def test_the_cheapest_cells_come_first_until_the_processes_are_ready(
     assert sorted(here[5:]) == ["after", "after", "pgd", "pgd"] and here[-1] == "after"
 
 
+@pytest.mark.parametrize(("workers", "large", "most"), [(3, 6, 1), (4, 6, 2), (1, 6, 1), (3, 999, 0)])
+def test_large_batches_leave_half_of_the_processes_to_small_ones(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, large: int, most: int
+) -> None:
+    """Batches are of 7 images but for the last of a cell; the clean images are one."""
+    cells = plan_cells(run, configuration(tmp_path, *OVERRIDES).suite, {run: run.config()})
+    monkeypatch.setattr(spreading, "LARGE", {"cpu": large})
+    lock, at_once, begun = threading.Lock(), Counter[bool](), list[tuple[int, int]]()
+    compute = spreading._compute
+
+    def watched(cell: Cell, device: torch.device, standing: np.ndarray, start: int, stop: int) -> Any:
+        with lock:
+            at_once[stop - start > large] += 1
+            begun.append((at_once[True], at_once.total()))
+        time.sleep(0.05)
+        try:
+            return compute(cell, device, standing, start, stop)
+        finally:
+            with lock:
+                at_once[stop - start > large] -= 1
+
+    monkeypatch.setattr(spreading, "_compute", watched)
+    written: list[Cell] = []
+    with ThreadPoolExecutor(workers) as threads:
+        spreading.fill_side_by_side(
+            threads, workers, cells, torch.device("cpu"),  # type: ignore[arg-type]
+            fill_here=lambda cell: 1, before_writing=nothing, when_begun=nothing,
+            when_done=lambda cell, count: written.append(cell), on_images=nothing,
+        )  # fmt: skip
+    assert sorted(cell.path for cell in written) == sorted(cell.path for cell in cells)
+    assert max(count for count, _ in begun) == most
+    assert max(total for _, total in begun) == (most or workers) or most < workers
+
+
+def test_cells_that_others_wait_for_come_first_on_a_card_until_the_processes_are_ready(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = StartingPool(nothing, 2, nothing, [Future()])  # type: ignore[arg-type]
+    monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(never))
+    monkeypatch.setattr(spreading, "LARGE", {"cpu": 512})
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {})
+    here: list[str] = []
+
+    def fill(cell: Cell, *others: Any) -> None:
+        filling.fill_cell(cell, *others)
+        here.append(cell.attack)
+
+    monkeypatch.setattr(evaluation_module, "fill_cell", fill)
+    evaluate_study(configuration(tmp_path, *OVERRIDES))
+    assert here == ["fgsm", "fgsm", "clean", "pgd", "pgd"]
+
+
 def test_processes_that_are_still_starting_are_not_waited_for() -> None:
     began = time.perf_counter()
     with starting_pool(2, partial(time.sleep, 600)) as starting:
@@ -191,7 +245,7 @@ def test_processes_end_with_an_evaluation_that_fails_while_they_start(
     run = RunFolder(tmp_path / "s" / "runs" / first.run_id)
     shutil.copytree(first.path, run.path)
     processes: dict[int, Any] = {}
-    monkeypatch.setattr(spreading, "SPREAD_SECONDS", -1.0)
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {"cpu": -1.0})
 
     def fill(cell: Cell, *others: Any) -> None:
         (open_pool,) = [item for item in gc.get_objects() if isinstance(item, StartingPool)]
@@ -212,12 +266,15 @@ def test_processes_end_with_an_evaluation_that_fails_while_they_start(
 
 
 def assert_ended(processes: dict[int, Any]) -> None:
+    until = time.monotonic() + 30
     for process in processes.values():
-        process.join(30)
+        # A join returns at once while the pool's own thread is about to note the end.
+        while process.exitcode is None and time.monotonic() < until:
+            process.join(0.1)
         assert process.exitcode is not None
 
 
-def nothing() -> None:
+def nothing(*_: Any) -> None:
     """What a process that needs no preparation does."""
 
 

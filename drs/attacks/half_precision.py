@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.fx import GraphModule
 
+from drs.attacks.activations import fuse_activations
 from drs.attacks.isolation import full_precision
 
 LAYERS = (nn.Conv2d, nn.Linear)
@@ -87,9 +89,11 @@ class HalfPrecision(nn.Module):
         model: In eval mode; float32 images ``[B, C, H, W]`` in, logits ``[B, K]`` out.
         images: ``[B, C, H, W]``, B >= 1, of its input, to see which layers are the first and the last.
         scale: Largest entry of an image's gradient for the logits on its way back.
+        fused: Whether biases, shortcuts and ReLUs are computed together where the model is traced
+            (``drs.attacks.activations``).
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, scale: float = LARGEST_SCALE) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, scale: float = LARGEST_SCALE, fused: bool = False) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         called = _layers_called(self.model, images)
@@ -99,6 +103,8 @@ class HalfPrecision(nn.Module):
                     self._replace(name, _EndLayer(module, halve=module is not called[-1]))
                 else:
                     module.half()  # or autocast would convert its weights in every pass
+        if fused and isinstance(self.model, GraphModule):
+            fuse_activations(self.model, _take_bias)
         self.scale = scale
         self.train(model.training)
 
@@ -114,6 +120,17 @@ class HalfPrecision(nn.Module):
             logits = self.model(entered)
         left: Tensor = _Logits.apply(logits, sizes, self.scale)
         return left
+
+
+def _take_bias(module: nn.Module) -> Tensor | None:
+    """Take the bias from a convolution, which at the front of the model leaves its result in float32 then."""
+    layer = module.layer if isinstance(module, _EndLayer) and module.halve else module
+    if not isinstance(layer, nn.Conv2d) or layer.bias is None:
+        return None
+    if isinstance(module, _EndLayer):
+        module.halve = False
+    bias, layer.bias = layer.bias, None
+    return bias
 
 
 @torch.no_grad()
@@ -146,18 +163,19 @@ def without_gradient(model: nn.Module, images: Tensor) -> Tensor:
     return ~((largest > 0) & torch.isfinite(largest))
 
 
-def in_half_precision(model: nn.Module, images: Tensor) -> HalfPrecision | None:
+def in_half_precision(model: nn.Module, images: Tensor, fused: bool = False) -> HalfPrecision | None:
     """Return a model in float16, with the scale that suits its gradients; None where they are not like the model's.
 
     Args:
         model: In eval mode, on the device of the images.
         images: ``[B, C, H, W]``, B >= 1, of its input.
+        fused: See ``HalfPrecision``.
     """
     with full_precision():
         with torch.no_grad():
             nearest = model(images).float().topk(2, dim=1).indices
         expected = _gradients(model, images, nearest)
-        half = HalfPrecision(model, images, LARGEST_SCALE * HEADROOM)
+        half = HalfPrecision(model, images, LARGEST_SCALE * HEADROOM, fused)
         while not bool(torch.isfinite(_gradients(half, images, nearest)).all()):
             half.scale /= HEADROOM
             if half.scale < SMALLEST_SCALE * HEADROOM:

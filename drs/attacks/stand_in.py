@@ -100,12 +100,16 @@ def _folded(model: nn.Module) -> nn.Module | None:
 
 
 def _halved(model: nn.Module, images: Tensor) -> HalfPrecision | None:
-    try:
-        return in_half_precision(model, images)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model's code does that cannot be copied, or not in float16
-        return None
+    for fused in (True, False):
+        try:
+            found = in_half_precision(model, images, fused)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model's code does that cannot be copied, or not in float16
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ LENETS_WITHIN = 90.0
 STEP = ("data=cifar10", "model=resnet18", "loss=dr_softmax", "optim=sgd")
 LENET = ("data=mnist", "model=lenet", "loss=dr_softmax", "optim=adam")
 RECIPE = ("data=cifar10", "model=resnet9", "loss=ce", "optim=sgd", "epochs=20", "batch_size=512", "precision=bfloat16")
-STRONG = ("data=cifar10", "model=resnet18", "loss=ce", "optim=sgd", "epochs=5", "batch_size=512", "precision=bfloat16")
+STRONG = ("data=cifar10", "model=resnet18", "loss=ce", "optim=sgd", "epochs=15", "batch_size=512", "precision=bfloat16")
+"""As the cifar10 study trains it. How many images stand, and so what attacks take, depends on the training."""
 STUDIES = ("mnist", "cifar10")
-SIDE_BY_SIDE = ("workers=2", "suite.batch_size=5000")
+SIDE_BY_SIDE = ("workers=3", "suite.batch_size=10000")
 """Of an evaluation of one model on a card: large batches, and the long searches on few images meanwhile. Processes take
 turns on a card, and an attack that reads from it at every step waits for a turn each time, so they are few."""
 
