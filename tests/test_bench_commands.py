@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import compose_train
@@ -216,6 +217,12 @@ def test_strong_suite_is_timed_as_a_whole(tmp_path: Path) -> None:
     row = strong_row("strong", [*DIGITS, "epochs=3"], os.environ, tmp_path, samples=20, bound=1e4, device="cpu")
     assert row.verdict == "met" and row.case == "strong suite, one mlp on digits, 20 images"
     assert (tmp_path / "strong" / "REPORT.md").exists()
+    tables = tmp_path / "strong" / "tables"
+    accuracy = pd.read_csv(tables / "accuracy.csv").query("attack == 'targeted_pgd'").set_index("epsilon_label")
+    assert re.search(
+        rf"; \d\d\.\d% of the images are right, .* PGD {accuracy.robust_accuracy['0.1']:.1%} at 0\.1, "
+        rf"{accuracy.robust_accuracy['0.2']:.1%} at 0\.2; trained with .*epochs=3$", row.note
+    )  # fmt: skip
     told = re.search(r"Of (\d+) finished cells, .* the longest took: (.*)\.$", row.reason)
     assert told is not None and int(told[1]) == len([*tmp_path.glob("strong/runs/*/eval/*.npz")])
     names, seconds = zip(*(item.rsplit(" ", 2)[:2] for item in told[2].split(", ")), strict=True)
