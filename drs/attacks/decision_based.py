@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import eagerpy
 import foolbox
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,9 @@ class RepeatedMisclassification(foolbox.criteria.Criterion):
         return f"{type(self).__name__}({self.labels!r})"
 
     def __call__(self, perturbed: Any, outputs: Any) -> Any:
-        """Return bool ``[R*B]`` for outputs ``[R*B, K]``."""
-        logits, restore = eagerpy.astensor_(outputs)
-        fooled = logits.raw.argmax(dim=-1).view(-1, len(self.labels)) != self.labels
-        return restore(eagerpy.astensor(fooled.flatten()))
+        """Return bool ``[R*B]`` for outputs ``[R*B, K]``, both wrapped as foolbox wraps tensors."""
+        fooled = outputs.raw.argmax(dim=-1).view(-1, len(self.labels)) != self.labels
+        return type(outputs)(fooled.flatten())
 
 
 class SamplewiseHopSkipJump(foolbox.attacks.HopSkipJumpAttack):
@@ -51,15 +49,13 @@ class SamplewiseHopSkipJump(foolbox.attacks.HopSkipJumpAttack):
             steps: Noisy copies S of each sample.
             delta: ``[B]``, the length of the noise.
         """
-        count, shape = len(x_advs), (steps, *x_advs.shape)
-        noise = (
-            eagerpy.normal(x_advs, shape) if self.constraint == "l2" else eagerpy.uniform(x_advs, shape, -1, 1)
-        ).raw
+        wrap, count, shape = type(x_advs), len(x_advs), (steps, *x_advs.shape)
+        noise = (x_advs.normal(shape) if self.constraint == "l2" else x_advs.uniform(shape, -1, 1)).raw
         centre, radius = x_advs.raw, delta.raw.view(-1, 1, 1, 1)
         length = torch.linalg.vector_norm(noise.flatten(2), dim=2).view(steps, count, 1, 1, 1)
         noisy = (centre + radius * (noise / (length + 1e-12))).clamp(0, 1)
         answers = [
-            is_adversarial(eagerpy.astensor(part.flatten(0, 1))).raw.view(-1, count)
+            is_adversarial(wrap(part.flatten(0, 1))).raw.view(-1, count)
             for part in noisy.split(max(1, QUERIES_AT_ONCE // count))
         ]
         signs = 2.0 * torch.cat(answers).to(centre.dtype) - 1
@@ -68,7 +64,7 @@ class SamplewiseHopSkipJump(foolbox.attacks.HopSkipJumpAttack):
         weights = torch.where(mean.abs() == 1, signs, signs - mean).view(steps, count, 1, 1, 1)
         gradients = (weights * ((noisy - centre) / (radius + 1e-8))).mean(dim=0)
         norms = torch.linalg.vector_norm(gradients.flatten(1), dim=1).view(-1, 1, 1, 1)
-        return eagerpy.astensor(gradients / (norms + 1e-12))
+        return wrap(gradients / (norms + 1e-12))
 
 
 class HopSkipJump:

@@ -95,7 +95,7 @@ def _draws_of_torch(module: Any, seed: int) -> Iterator[None]:
 
 
 class ArtHopSkipJump(HopSkipJump):
-    """HopSkipJump in Linf, ART's implementation, made to solve the problem that foolbox's does.
+    """HopSkipJump in Linf, ART's implementation, made to solve the problem that ``HopSkipJump`` does.
 
     Five things are set alike. The starts are those of ``HopSkipJump``: ART's own are of noise alone, which a model may
     give the label. The threshold of the binary search, which sets the radius of the noise too, is 1/d^2 for d pixel

@@ -12,8 +12,8 @@ from torch import Tensor
 triton: Any = importlib.import_module("triton")  # comes with a torch for CUDA, and with no other
 tl: Any = importlib.import_module("triton.language")
 
-BLOCK = 2048
-"""Elements of a program."""
+ELEMENTS = 4096
+"""Elements of a program, about; a power of two."""
 WARPS = 8
 
 
@@ -25,14 +25,18 @@ def _biased_relu(
     result: tl.tensor,
     count: tl.tensor,
     CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     SHORTCUT: tl.constexpr,
-    BLOCK: tl.constexpr,
 ) -> None:
-    """Take ``BLOCK`` elements, of which the channels come first in memory; see ``biased_relu``."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = place < count
-    found = tl.load(values + place, mask=exists, other=0.0).to(tl.float32)
-    found += tl.load(bias + place % CHANNELS)
+    """Take ``ROWS`` of ``count`` pixels, each with its channels in ``WIDTH`` columns; see ``biased_relu``."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    # The bias is read once for all rows of a program.
+    added = tl.load(bias + column, mask=column < CHANNELS, other=0.0)
+    place = row[:, None] * CHANNELS + column[None, :]
+    exists = (row < count)[:, None] & (column < CHANNELS)[None, :]
+    found = tl.load(values + place, mask=exists, other=0.0).to(tl.float32) + added[None, :]
     if SHORTCUT:
         found += tl.load(shortcut + place, mask=exists, other=0.0).to(tl.float32)
     # What is not a number stays that.
@@ -49,10 +53,13 @@ def biased_relu(values: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor
         shortcut: Like ``values``, in channels last too.
     """
     result = torch.empty_like(values, dtype=torch.float16)
-    count = values.numel()
-    if count:
-        _biased_relu[(triton.cdiv(count, BLOCK),)](
-            values, bias, values if shortcut is None else shortcut, result, count,
-            CHANNELS=len(bias), SHORTCUT=shortcut is not None, BLOCK=BLOCK, num_warps=WARPS,
+    channels = len(bias)
+    pixels = values.numel() // channels
+    if pixels:
+        width = triton.next_power_of_2(channels)
+        rows = max(1, ELEMENTS // width)
+        _biased_relu[(triton.cdiv(pixels, rows),)](
+            values, bias, values if shortcut is None else shortcut, result, pixels,
+            CHANNELS=channels, WIDTH=width, ROWS=rows, SHORTCUT=shortcut is not None, num_warps=WARPS,
         )  # fmt: skip
     return result

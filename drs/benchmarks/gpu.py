@@ -64,7 +64,7 @@ RECIPE = ("data=cifar10", "model=resnet9", "loss=ce", "optim=sgd", "epochs=20", 
 STRONG = ("data=cifar10", "model=resnet18", "loss=ce", "optim=sgd", "epochs=15", "batch_size=512", "precision=bfloat16")
 """As the cifar10 study trains it. How many images stand, and so what attacks take, depends on the training."""
 STUDIES = ("mnist", "cifar10")
-SIDE_BY_SIDE = ("workers=3", "suite.batch_size=10000")
+SIDE_BY_SIDE = ("workers=4", "suite.batch_size=10000")
 """Of an evaluation of one model on a card: large batches, and the long searches on few images meanwhile. Processes take
 turns on a card, and an attack that reads from it at every step waits for a turn each time, so they are few."""
 
