@@ -224,6 +224,8 @@ class SanityConfig:
 
     Attributes:
         n_samples: The first so many of the suite's samples.
+        n_convergence: Test samples for whether twice the steps or restarts find more: their thresholds are a small
+            part of a hundred images. Null for ``n_samples`` of them.
         steps: Gradient steps of a probe; one probe doubles them.
         restarts: Of a probe, the first from the clean image. One probe doubles them, and two have K-1 times as many, as
             one towards each of the other classes has.
@@ -238,6 +240,18 @@ class SanityConfig:
     relative_step_size: float = 1.0
     batch_size: int = 500
     seed: int = 0
+    n_convergence: int | None = None
+
+
+@dataclass
+class ConvergenceConfig:
+    """Margin PGD beside itself with twice the steps, and with twice the restarts; the settings of ``SanityConfig``."""
+
+    steps: int
+    restarts: int
+    relative_step_size: float
+    batch_size: int
+    seed: int
 
 
 def attack_schema(name: str, section: object) -> type[AttackConfig]:

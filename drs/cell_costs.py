@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from drs.array_files import load_arrays_file
-from drs.attack_config import SanityConfig
+from drs.attack_config import ConvergenceConfig, SanityConfig
 from drs.cells import LOGIT_BATCH, Cell
 from drs.data_cache import DATASETS
 from drs.errors import DamagedFileError
@@ -55,6 +55,8 @@ def model_calls(cell: Cell) -> float:
         # See drs.attacks.probes: a climb on each target and as many on each of two objectives, ten others of which one
         # has twice the steps and one twice the restarts, and one without restarts.
         return FALLING * config.steps * (config.restarts * (3 * others + 12) + 1)
+    if isinstance(config, ConvergenceConfig):
+        return FALLING * config.steps * config.restarts * 5
     if config.kind == "noise":
         return FORWARD * _product(config, "draws")
     if config.kind == "square":

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from drs.array_files import load_arrays_file
 from drs.attack_config import (
     SLACK,
     AttackConfig,
+    ConvergenceConfig,
     HopSkipJumpConfig,
     ProjectedConfig,
     SanityConfig,
@@ -25,6 +26,7 @@ from drs.attack_config import (
     is_bounded,
 )
 from drs.config import TrainConfig, fingerprint, identity, loss_label
+from drs.data_cache import DATASETS
 from drs.errors import DamagedFileError
 from drs.integrity import CHECKPOINT
 from drs.runs import RunFolder
@@ -40,6 +42,7 @@ from drs.suite_config import (
 
 CLEAN = "clean"
 SANITY = "sanity"
+CONVERGENCE = "convergence"
 LOGIT_BATCH = 1000
 
 
@@ -48,7 +51,7 @@ class Cell:
     """One evaluation of one run.
 
     Attributes:
-        attack: The name that tables show; ``clean`` for no attack, ``sanity`` for the checks.
+        attack: The name that tables show; ``clean`` for no attack, ``sanity`` and ``convergence`` for the checks.
         config: None for ``clean``.
         epsilon: Infinite for an attack without a bound.
         n: Test samples, the first n of the fixed order; None for all.
@@ -63,7 +66,7 @@ class Cell:
     run: RunFolder
     train: TrainConfig
     attack: str
-    config: AttackConfig | SanityConfig | None
+    config: AttackConfig | SanityConfig | ConvergenceConfig | None
     epsilon: Epsilon
     n: int | None
     batch_size: int
@@ -143,6 +146,13 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
         cells.append(
             _cell(run, train, SANITY, suite.sanity, epsilon, n, suite.sanity.batch_size, fast_search=suite.fast_search)
         )
+        if suite.sanity.n_convergence is not None:
+            n = min(suite.sanity.n_convergence, DATASETS[data].n_test)
+            shared = {item.name: getattr(suite.sanity, item.name) for item in fields(ConvergenceConfig)}
+            config = ConvergenceConfig(**shared)
+            cells.append(
+                _cell(run, train, CONVERGENCE, config, epsilon, n, config.batch_size, fast_search=suite.fast_search)
+            )
     return cells
 
 
@@ -190,7 +200,7 @@ def _cell(
     run: RunFolder,
     train: TrainConfig,
     name: str,
-    config: AttackConfig | SanityConfig | None,
+    config: AttackConfig | SanityConfig | ConvergenceConfig | None,
     epsilon: Epsilon,
     n: int | None,
     batch_size: int,
@@ -204,7 +214,7 @@ def _cell(
     objectives: tuple[str, ...] = ()
     if config is not None:
         # Where and on what an attack runs is in n, epsilon and after; the rest is what it does.
-        selection = ("n_samples", "decisive", "standing_only")
+        selection = ("n_samples", "n_convergence", "decisive", "standing_only")
         settings = {key: value for key, value in asdict(config).items() if key not in selection}
         if isinstance(config, ProjectedConfig):
             objectives = tuple(config.objectives) or _adaptive_objectives(train.loss.name)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from drs.array_files import load_arrays_file, save_arrays
-from drs.attack_config import AttackConfig, SanityConfig
+from drs.attack_config import AttackConfig, ConvergenceConfig, SanityConfig
 from drs.attacks import build_attack, run_attack
 from drs.attacks.contract import CleanLogits, predict
-from drs.attacks.probes import run_probes
+from drs.attacks.probes import run_convergence, run_probes
 from drs.batches import in_batches
 from drs.cells import LOGIT_BATCH, Cell, recorded_weights, standing_at
 from drs.config import DataConfig, project_path
@@ -128,8 +128,8 @@ def fill_cell(
     Every cell has ``indices`` (sample ids), ``labels`` and ``about`` (JSON). An attack adds ``logits`` (of the
     adversarial images; of the clean one where the model is wrong already), ``distance`` (norm of the perturbation,
     pixel units) and ``attacked``; where it attacked only what cells before it left standing, the other samples keep
-    the logits and the distance with which the first of those fooled the model. The sanity checks add ``standing``
-    ``[P, N]``, in the order of ``about["probes"]``, and ``gradient_norm``.
+    the logits and the distance with which the first of those fooled the model. The checks add ``standing`` ``[P, N]``,
+    in the order of ``about["probes"]``, and those of sanity ``gradient_norm``.
 
     ``before_writing`` is called when all is computed; what it raises keeps the arrays from being written. ``on_images``
     is called with the cell, how many of its images are done and how many are attacked, at first and after each batch.
@@ -206,6 +206,11 @@ def compute_part(
             )
             arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
             return Part(arrays, probes.batch_size, tuple(probes.standing))
+        if isinstance(cell.config, ConvergenceConfig):
+            found, size = run_convergence(
+                model, data.pixels(), data.labels, cell.epsilon.value, cell.config, fast_search=cell.fast_search
+            )
+            return Part({"standing": np.stack(list(found.values()))}, size, tuple(found))
         logits, size = clean_logits(model, data, "clean images", on_batch)
         return Part({"logits": logits.numpy(), "distance": np.zeros(len(data))}, size)
     except DamagedFileError:

@@ -14,7 +14,7 @@ import numpy as np
 
 from drs.attack_config import AttackConfig
 from drs.attacks.probes import FACTORS, LARGE_EPSILON
-from drs.cells import SANITY, Cell, standing_at
+from drs.cells import CONVERGENCE, SANITY, Cell, standing_at
 from drs.model_rows import wilson
 from drs.sanity_checks import CHECKS, Check
 
@@ -38,10 +38,11 @@ def sanity_rows(planned: list[Cell], arrays: Arrays) -> list[dict[str, Any]]:
     cell = next((cell for cell in planned if cell.attack == SANITY), None)
     if cell is None:
         return []
-    found = arrays[cell.path]
-    names = json.loads(str(found["about"]))["probes"]
-    probes = {name: found["standing"][row] for name, row in zip(names, range(len(names)), strict=True)}
-    figures = probe_figures(probes, found["gradient_norm"]) | _cell_figures(cell, planned, arrays)
+    probes = _probes(arrays[cell.path])
+    figures = probe_figures(probes, arrays[cell.path]["gradient_norm"]) | _cell_figures(cell, planned, arrays)
+    for other in planned:
+        if other.attack == CONVERGENCE:
+            figures |= convergence_figures(_probes(arrays[other.path]))
     figures["falls_with_epsilon"] = _fall(planned, arrays, probes)
     rows = []
     for name, check in CHECKS.items():
@@ -60,6 +61,11 @@ def failed_checks(rows: list[dict[str, Any]]) -> str:
     return ";".join(row["check"] for row in rows if row["passed"] == FAIL and CHECKS[row["check"]].marks)
 
 
+def _probes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = json.loads(str(arrays["about"]))["probes"]
+    return dict(zip(names, arrays["standing"], strict=True))
+
+
 def _interval(check: Check, figure: float, n: int) -> tuple[float, float]:
     if math.isnan(figure) or not check.share or not n:
         return math.nan, math.nan
@@ -67,6 +73,16 @@ def _interval(check: Check, figure: float, n: int) -> tuple[float, float]:
 
 
 Figure = tuple[float, int, str]
+
+
+def convergence_figures(probes: dict[str, np.ndarray]) -> dict[str, Figure]:
+    """Return by how much margin PGD changes with twice the steps and with twice the restarts."""
+    figures = {}
+    for name in ("more_steps", "more_restarts"):
+        before, after = (float(probes[probe].mean()) for probe in ("margin", name))
+        detail = f"margin {100 * before:.1f} %, {name} {100 * after:.1f} %"
+        figures[name] = abs(before - after), len(probes[name]), detail
+    return figures
 
 
 def probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> dict[str, Figure]:
@@ -93,8 +109,7 @@ def probe_figures(probes: dict[str, np.ndarray], gradient_norm: np.ndarray) -> d
     return {
         "eps0_equals_clean": (changed, n, listed(("clean", "epsilon_0"))),
         "unbounded_succeeds": (accuracy["unbounded"], n, listed(("unbounded",))),
-        "more_steps": (abs(accuracy["margin"] - accuracy["more_steps"]), n, listed(("margin", "more_steps"))),
-        "more_restarts": (abs(accuracy["margin"] - accuracy["more_restarts"]), n, listed(("margin", "more_restarts"))),
+        **convergence_figures(probes),
         "objective_spread": (spread, n, listed(objectives)),
         "objective_gap": (gap, n, listed(objectives)),
         "logit_shift": (shift, n, listed(("ce", "shifted"))),

@@ -163,5 +163,5 @@ def check_suite(suite: SuiteConfig) -> None:
         check_attack(f"suite.attacks.{name}", attack)
     if suite.sanity is not None:
         for name, value in vars(suite.sanity).items():
-            if name != "seed" and not value > 0:
+            if name != "seed" and value is not None and not value > 0:
                 raise UserError(f"suite.sanity.{name}={value}: must be above 0")

@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from torch import nn
 
 from drs.array_files import load_arrays_file
-from drs.attack_config import NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
+from drs.attack_config import ConvergenceConfig, NoiseConfig, PGDConfig, ProjectedConfig, SanityConfig, SquareConfig
 from drs.attacks import build_attack, probes, run_attack
 from drs.attacks.projected import ProjectedAttack
 from drs.cells import Cell, find_twin, plan_cells, standing_at
@@ -59,9 +59,13 @@ PROBES = ["clean", "epsilon_0", "ce", "ce_best", "ce_last", "ce_climbs", "margin
 
 
 def judged(
-    probes: dict[str, int] | None = None, gradients: Any = 1.0, names: list[str] = PROBES, **attacks: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    """Judge a made-up model: a probe leaves as many of the first samples standing as it says."""
+    probes: dict[str, int] | None = None, gradients: Any = 1.0, names: list[str] = PROBES,
+    convergence: tuple[int, int, int, int] | None = None, **attacks: np.ndarray,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Judge a made-up model: a probe leaves as many of the first samples standing as it says.
+
+    ``convergence`` is so many samples, and how many of them stand PGD, and it with more steps and with more restarts.
+    """
     counts = {"clean": N, "epsilon_0": N, "large": 5, "unbounded": 0} | (probes or {})
     standing = np.stack([np.arange(N) < counts.get(name, 40) for name in names])
     run, config = RunFolder(Path("run")), compose_train("data=digits", "model=mlp")
@@ -83,6 +87,11 @@ def judged(
         "standing": standing, "gradient_norm": np.where(np.arange(N) < 50, gradients, 1.0),
         "about": np.array(json.dumps({"probes": names})),
     }  # fmt: skip
+    if convergence is not None:
+        n, *left = convergence
+        planned.append(cell("convergence", ConvergenceConfig(3, 1, 1.0, 500, 0)))
+        about = np.array(json.dumps({"probes": ["margin", "more_steps", "more_restarts"]}))
+        found[planned[-1].path] = {"standing": np.stack([np.arange(n) < count for count in left]), "about": about}
     return {row["check"]: row for row in sanity_rows(planned, found)}
 
 
@@ -198,6 +207,50 @@ def test_report_shows_n_and_threshold_of_every_check_and_which_subsets_are_too_s
     assert re.search(r"\| more_steps \| change of [^|]* \| < 0\.5 \|", text), "the threshold, beside what is checked"
 
 
+def test_convergence_is_judged_on_images_of_its_own_where_there_are_some() -> None:
+    """A hundred images let no image change within half a point; a thousand let four."""
+    few = judged({"margin": 40, "more_steps": 39, "more_restarts": 40})
+    assert (few["more_steps"]["passed"], few["more_steps"]["n"]) == ("fail", N)
+    many = judged({"margin": 40, "more_steps": 39, "more_restarts": 40}, convergence=(1000, 400, 396, 395))
+    for check, passed, figure in (("more_steps", "pass", 0.004), ("more_restarts", "fail", 0.005)):
+        assert (many[check]["passed"], many[check]["n"]) == (passed, 1000)
+        assert many[check]["figure"] == pytest.approx(figure)
+    assert many["more_steps"]["detail"] == "margin 40.0 %, more_steps 39.6 %"
+    others = [name for name in few if name not in ("more_steps", "more_restarts")]
+    assert [many[name]["figure"] for name in others] == pytest.approx(
+        [few[name]["figure"] for name in others], nan_ok=True
+    )
+
+
+def test_convergence_has_a_cell_of_its_own_and_leaves_the_other_checks_theirs() -> None:
+    config, run = compose_train("data=digits", "model=mlp"), RunFolder(Path("run"))
+
+    def checks(*overrides: str) -> dict[str, Cell]:
+        cells = plan_cells(run, suite("suite=strong", *overrides), {run: config})
+        return {cell.attack: cell for cell in cells if cell.attack in ("sanity", "convergence")}
+
+    found, fewer, none = checks(), checks("suite.sanity.n_convergence=50"), checks("suite.sanity.n_convergence=null")
+    assert found["convergence"].n == 500, "the test set has no more"
+    assert fewer["convergence"].n == 50 and fewer["convergence"].path != found["convergence"].path
+    assert set(none) == {"sanity"}
+    assert none["sanity"].path == fewer["sanity"].path == found["sanity"].path
+    assert found["convergence"].config == ConvergenceConfig(50, 1, 1.0, 500, 0)
+    assert checks("suite.sanity.steps=9")["convergence"].path != found["convergence"].path
+
+
+def test_convergence_is_what_the_probes_find_on_the_same_images(
+    digits_model: nn.Module, digits: tuple[LabelledImages, ...]
+) -> None:
+    images, labels = digits[2].pixels()[:40], digits[2].labels[:40]
+    settings = SanityConfig(steps=1, restarts=1, batch_size=16)
+    expected = probes.run_probes(digits_model, images, labels, 0.1, settings)
+    found, size = probes.run_convergence(digits_model, images, labels, 0.1, ConvergenceConfig(1, 1, 1.0, 16, 0))
+    assert size == 16
+    assert {name: standing.tolist() for name, standing in found.items()} == {
+        name: expected.standing[name].tolist() for name in ("margin", "more_steps", "more_restarts")
+    }
+
+
 def test_restarts_of_cross_entropy_do_not_count_as_a_lost_iterate() -> None:
     """Another start finds what the one climb never saw, so its last iterate did not lose it."""
     assert judged({"ce": 30})["best_iterate"]["figure"] == 0
@@ -223,7 +276,10 @@ def test_probes_that_are_compared_have_the_same_steps_and_climbs(
     assert attacks == [("ce", 3, 2), ("ce", 3, 18), ("targeted_margin", 3, 2)] + [
         (name, 3, 2) for name in ("ce", "ce", "scaled_ce", "ce")
     ]
-    bounded, climbing, longer, oftener, *wide = [attack for attack in made[1:] if attack[0] == "margin"]
+    count = len(made)
+    probes.run_convergence(digits_model, images, labels, 0.1, ConvergenceConfig(3, 2, 1.0, 500, 0))
+    assert made[count:] == [("margin", 3, 2), ("margin", 6, 2), ("margin", 3, 4)]
+    bounded, climbing, longer, oftener, *wide = [attack for attack in made[1:count] if attack[0] == "margin"]
     assert (bounded[1:], climbing[1:], longer[1:], oftener[1:]) == ((3, 2), (3, 18), (6, 2), (3, 4))
 
 
@@ -345,7 +401,7 @@ def test_cells_of_probes_that_were_compared_otherwise_are_not_taken_for_these() 
     whole = suite("suite=strong")
     cells = {cell.attack: cell for cell in plan_cells(RunFolder(Path("run")), whole, {RunFolder(Path("run")): config})}
     for name, selection, mark in (
-        ("sanity", ("n_samples",), {"compared": "climbs"}),
+        ("sanity", ("n_samples", "n_convergence"), {"compared": "climbs"}),
         ("hop_skip_jump", ("n_samples", "decisive", "standing_only"), {"noise": "per image"}),
     ):
         cell = cells[name]

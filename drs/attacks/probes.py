@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drs.attack_config import SanityConfig
+from drs.attack_config import ConvergenceConfig, SanityConfig
 from drs.attacks.climbing import climb
 from drs.attacks.contract import check_eval_mode, check_pixels, predict
 from drs.attacks.isolation import isolated
@@ -100,15 +100,12 @@ def run_probes(
         objective: str, *, radius: float = epsilon, steps: int = config.steps, restarts: int = config.restarts,
         target: nn.Module = model,
     ) -> np.ndarray:  # fmt: skip
-        attack = ProjectedAttack(
-            f"probe on {objective}", [objective], "linf", steps, restarts, config.relative_step_size
-        )
-        outcome = run_attack(
-            attack, target, images, labels, epsilon=radius, batch_size=config.batch_size, seed=config.seed,
+        found, size = _standing(
+            target, images, labels, radius, objective, steps, restarts, config,
             fast_search=fast_search and target is model, replay=fast_search,
         )  # fmt: skip
-        sizes.append(outcome.batch_size)
-        return (outcome.logits.argmax(dim=1) == labels.cpu()).numpy()
+        sizes.append(size)
+        return found
 
     standing = {}
     parts, size = in_batches(
@@ -132,6 +129,60 @@ def run_probes(
     standing["large"] = stands("margin", radius=LARGE_EPSILON)
     standing["unbounded"] = stands("margin", radius=1.0)
     return Probes(standing, np.concatenate([part["gradient_norm"] for part in parts]), min(sizes))
+
+
+def run_convergence(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    config: ConvergenceConfig,
+    *,
+    fast_search: bool = False,
+) -> tuple[dict[str, np.ndarray], int]:
+    """Return which of N samples stand margin PGD, and that with twice the steps and with twice the restarts.
+
+    Args:
+        model: In eval mode; pixels in [0,1] in, logits out.
+        images: ``[N, C, H, W]``.
+        labels: ``[N]``.
+        epsilon: Radius in Linf, pixel units.
+        config: Steps, restarts, batch size and seed.
+        fast_search: See ``drs.attacks.running.run_attack``.
+
+    Returns:
+        ``margin``, ``more_steps`` and ``more_restarts`` as in ``run_probes``, ``[N]`` bool each; the batch size, less
+        than asked where a GPU's memory ran out.
+
+    Raises:
+        UserError: Where the contract of ``drs.attacks.contract`` is broken.
+    """
+    check_pixels(images, "the images to attack")
+    budgets = {
+        "margin": (config.steps, config.restarts),
+        "more_steps": (2 * config.steps, config.restarts),
+        "more_restarts": (config.steps, 2 * config.restarts),
+    }
+    found = {
+        name: _standing(
+            model, images, labels, epsilon, "margin", *budget, config, fast_search=fast_search, replay=fast_search
+        )
+        for name, budget in budgets.items()
+    }
+    return {name: standing for name, (standing, _) in found.items()}, min(size for _, size in found.values())
+
+
+def _standing(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, objective: str, steps: int, restarts: int,
+    config: SanityConfig | ConvergenceConfig, *, fast_search: bool, replay: bool,
+) -> tuple[np.ndarray, int]:  # fmt: skip
+    """Return which samples stand PGD on an objective, and the batch size used."""
+    attack = ProjectedAttack(f"probe on {objective}", [objective], "linf", steps, restarts, config.relative_step_size)
+    outcome = run_attack(
+        attack, model, images, labels, epsilon=epsilon, batch_size=config.batch_size, seed=config.seed,
+        fast_search=fast_search, replay=replay,
+    )  # fmt: skip
+    return (outcome.logits.argmax(dim=1) == labels.cpu()).numpy(), outcome.batch_size
 
 
 def _batch_probes(
