@@ -224,8 +224,8 @@ class SanityConfig:
 
     Attributes:
         n_samples: The first so many of the suite's samples.
-        n_convergence: Test samples for whether twice the steps or restarts find more: their thresholds are a small
-            part of a hundred images. Null for ``n_samples`` of them.
+        n_convergence: Test samples for whether twice the steps or restarts find more, however many the suite attacks,
+            at most the whole test set; of a hundred, a single one is beyond their thresholds. Null for ``n_samples``.
         steps: Gradient steps of a probe; one probe doubles them.
         restarts: Of a probe, the first from the clean image. One probe doubles them, and two have K-1 times as many, as
             one towards each of the other classes has.
@@ -245,7 +245,7 @@ class SanityConfig:
 
 @dataclass
 class ConvergenceConfig:
-    """Margin PGD beside itself with twice the steps, and with twice the restarts; the settings of ``SanityConfig``."""
+    """Settings of the checks that compare margin PGD with twice its steps and restarts, those of ``SanityConfig``."""
 
     steps: int
     restarts: int

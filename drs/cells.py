@@ -88,6 +88,11 @@ class Cell:
         """Whether this is an attack, rather than the clean images or the sanity checks."""
         return isinstance(self.config, AttackConfig)
 
+    @property
+    def is_divisible(self) -> bool:
+        """Whether its batches may be computed apart from each other; the clean images and most checks are one."""
+        return isinstance(self.config, AttackConfig | ConvergenceConfig)
+
 
 def standing_at(arrays: dict[str, np.ndarray], epsilon: float) -> np.ndarray:
     """Return which samples ``[n]`` a cell's attack leaves standing at ``epsilon`` (pixel units; infinite for any).

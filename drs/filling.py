@@ -4,7 +4,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -207,9 +207,9 @@ def compute_part(
             arrays = {"standing": np.stack(list(probes.standing.values())), "gradient_norm": probes.gradient_norm}
             return Part(arrays, probes.batch_size, tuple(probes.standing))
         if isinstance(cell.config, ConvergenceConfig):
-            found, size = run_convergence(
-                model, data.pixels(), data.labels, cell.epsilon.value, cell.config, fast_search=cell.fast_search
-            )
+            own = replace(cell.config, seed=cell.config.seed + start)
+            part = data.pixels(torch.arange(start, stop)), data.labels[start:stop]
+            found, size = run_convergence(model, *part, cell.epsilon.value, own, fast_search=cell.fast_search)
             return Part({"standing": np.stack(list(found.values()))}, size, tuple(found))
         logits, size = clean_logits(model, data, "clean images", on_batch)
         return Part({"logits": logits.numpy(), "distance": np.zeros(len(data))}, size)
@@ -252,10 +252,11 @@ def write_cell(
     if cell.is_attack:
         arrays = _with_fallen(before, parts)
     else:
-        (part,) = parts
-        arrays = part.arrays
-        if part.probes:
-            about["probes"] = list(part.probes)
+        arrays = parts[0].arrays
+        if isinstance(cell.config, ConvergenceConfig):
+            arrays = {"standing": np.concatenate([part.arrays["standing"] for part in parts], axis=1)}
+        if parts[0].probes:
+            about["probes"] = list(parts[0].probes)
     if size < cell.batch_size:
         about["batch_halved"] = {"from": cell.batch_size, "to": size}
     about["seconds"] = seconds = time.perf_counter() - began

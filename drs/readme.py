@@ -86,7 +86,7 @@ def _mark_note(text: str, study_dir: Path) -> str:
     link = section_link(study_dir, "Sanity checks")
     return (
         f"\n\n{MARK} A model of this loss fails at least one of the {link}: some number about it is in doubt, if only "
-        "by an image of a hundred."
+        "by an image or two."
     )
 
 

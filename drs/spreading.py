@@ -19,17 +19,18 @@ import torch
 from torch import nn
 
 from drs.attacks.replay import SIZES
-from drs.cell_costs import images_of, plain_cost
+from drs.cell_costs import plain_cost
 from drs.cells import Cell
 from drs.errors import DamagedFileError
 from drs.evaluation_workers import StartingPool, starting_pool
-from drs.filling import Before, Part, compute_part, load_test, read_before, write_cell
+from drs.filling import CLEAN, Before, Part, compute_part, load_test, read_before, write_cell
 from drs.runs import RunFolder
 
-SPREAD_SECONDS = {"cpu": 2.0}
-"""How long a run is evaluated, to the end of a cell, before other processes are started to help; on a card not at all,
-where they take long to start and have to be asked for."""
-LARGE = {"cuda": SIZES[-1]}
+SPREAD_SECONDS = {"cuda": 0.0}
+SPREAD_SECONDS_DEFAULT = 2.0
+"""How long a run is evaluated, to the end of a cell, before other processes are started to help. On a card they take
+long to start, and are only started where a config asks for them."""
+LARGE_BATCH = {"cuda": SIZES[-1]}
 """Images beyond which a batch keeps a device busy by itself. Processes take turns on a card, so two such batches gain
 nothing from each other, and long searches on few images, which ask for little of it, wait for both at every step."""
 
@@ -65,8 +66,8 @@ def _compute(cell: Cell, device: torch.device, standing: np.ndarray, start: int,
 
 
 def batches_of(cell: Cell, count: int) -> list[tuple[int, int]]:
-    """Return where each batch of ``count`` samples starts and stops; clean images and the checks are one batch."""
-    if not cell.is_attack:
+    """Return where each batch of ``count`` samples starts and stops."""
+    if not cell.is_divisible:
         return [(0, count)]
     return [(start, min(start + cell.batch_size, count)) for start in range(0, count, cell.batch_size)]
 
@@ -81,7 +82,7 @@ def in_order_of_need(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _is_large(count: int, device: torch.device) -> bool:
-    return count > LARGE.get(device.type, math.inf)
+    return count > LARGE_BATCH.get(device.type, math.inf)
 
 
 def fill_side_by_side(
@@ -96,9 +97,9 @@ def fill_side_by_side(
     when_done: Callable[[Cell, int], None],
     on_images: Callable[[Cell, int, int], None],
 ) -> None:
-    """Compute cells of one run in worker processes, as many batches at a time as there are workers.
+    """Compute cells of one run in worker processes, at most as many batches at a time as there are workers.
 
-    Large batches (``LARGE``) are in half of the workers at most, so that the others get on with small ones.
+    Large batches (``LARGE_BATCH``) are in half of the workers at most, so that the others get on with small ones.
 
     Args:
         pool: Of ``drs.evaluation_workers.worker_pool``.
@@ -116,6 +117,7 @@ def fill_side_by_side(
     """
     waiting = in_order_of_need(cells)
     unwritten = {cell.path for cell in cells}
+    looked_up: dict[Path, tuple[Before, list[tuple[int, int]]]] = {}
     at_work: list[_Open] = []
     running: dict[Future[Part], tuple[_Open, int, int]] = {}
 
@@ -144,19 +146,28 @@ def fill_side_by_side(
         for cell in waiting:
             if any(earlier.path in unwritten for earlier in cell.after):
                 continue
-            if not room and _is_large(min(images_of(cell), cell.batch_size), device):
+            if cell.path not in looked_up:
+                try:
+                    before = read_before(cell, device)
+                except DamagedFileError:
+                    waiting.remove(cell)
+                    when_begun(cell)
+                    count = fill_here(cell)
+                    unwritten.discard(cell.path)
+                    when_done(cell, count)
+                    return True
+                except Exception:
+                    when_begun(cell)
+                    raise
+                looked_up[cell.path] = before, batches_of(cell, int(before.standing.sum()))
+            before, batches = looked_up[cell.path]
+            if not room and batches and _is_large(batches[0][1] - batches[0][0], device):
                 continue
+            del looked_up[cell.path]
             waiting.remove(cell)
             when_begun(cell)
-            try:
-                before = read_before(cell, device)
-            except DamagedFileError:
-                count = fill_here(cell)
-                unwritten.discard(cell.path)
-                when_done(cell, count)
-                return True
             count = int(before.standing.sum())
-            opened = _Open(cell, before, time.perf_counter(), batches_of(cell, count), count)
+            opened = _Open(cell, before, time.perf_counter(), batches, count)
             at_work.append(opened)
             on_images(cell, 0, count)
             if not opened.todo:
@@ -201,7 +212,7 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
     Raises:
         UserError: As ``fill_side_by_side``, and if a process is ended from outside.
     """
-    began, wait_for = time.perf_counter(), SPREAD_SECONDS.get(device.type, 0.0)
+    began, wait_for = time.perf_counter(), SPREAD_SECONDS.get(device.type, SPREAD_SECONDS_DEFAULT)
     costs = {cell.path: plain_cost(cell, device.type) for cell in queue}
 
     def take() -> Cell:
@@ -210,7 +221,7 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
             return queue.pop(0)
         unwritten = {cell.path for cell in queue}
         free = [cell for cell in queue if not any(earlier.path in unwritten for earlier in cell.after)]
-        if device.type in LARGE:
+        if device.type in LARGE_BATCH:
             cell = next(cell for cell in in_order_of_need(queue) if cell in free)
         else:
             cell = min(free, key=lambda cell: costs[cell.path])
@@ -220,7 +231,7 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
     with ExitStack() as stack:
         helpers: StartingPool | None = None
         while queue and not (helpers is not None and helpers.is_ready()):
-            if helpers is None and processes > 1 and time.perf_counter() - began >= wait_for:
+            if helpers is None and processes > 1 and len(queue) > 1 and time.perf_counter() - began >= wait_for:
                 helpers = stack.enter_context(starting_pool(processes, partial(prepare_worker, queue[0], device)))
                 continue
             cell = take()
@@ -229,5 +240,6 @@ def fill_queue(queue: list[Cell], device: torch.device, processes: int, **steps:
         if queue:
             assert helpers is not None
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # the memory is theirs now
+                CLEAN.forget()
+                torch.cuda.empty_cache()  # most of the memory is theirs now
             fill_side_by_side(helpers.pool, processes, queue, device, **steps)

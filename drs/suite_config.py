@@ -164,4 +164,5 @@ def check_suite(suite: SuiteConfig) -> None:
     if suite.sanity is not None:
         for name, value in vars(suite.sanity).items():
             if name != "seed" and value is not None and not value > 0:
-                raise UserError(f"suite.sanity.{name}={value}: must be above 0")
+                null = "null or " if name == "n_convergence" else ""
+                raise UserError(f"suite.sanity.{name}={value}: must be {null}above 0")

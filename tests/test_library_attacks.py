@@ -306,6 +306,24 @@ def test_hop_skip_jump_asks_for_many_noisy_copies_at_a_time(digits_model: nn.Mod
     torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(7))
 
 
+def test_hop_skip_jump_goes_on_with_smaller_batches_where_memory_runs_out(
+    digits_model: nn.Module, digits: Digits
+) -> None:
+    """The estimate stays the same."""
+
+    class Small(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 64:
+                raise torch.cuda.OutOfMemoryError("too many images")
+            logits: torch.Tensor = digits_model(images)
+            return logits
+
+    images, labels = digits[2].pixels()[:5], digits[2].labels[:5]
+    attack = SamplewiseHopSkipJump(constraint="linf")
+    whole, small = (estimates(attack, model, images, labels, 200) for model in (digits_model, Small().eval()))
+    torch.testing.assert_close(whole, small)
+
+
 @pytest.mark.parametrize("sides", ["all", "none"])
 def test_hop_skip_jump_has_an_estimate_where_all_copies_are_on_one_side(sides: str, digits: Digits) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()

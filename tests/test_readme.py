@@ -158,7 +158,7 @@ def test_a_setting_that_fails_a_check_is_marked_and_the_mark_explained(tmp_path:
         assert len(notes) == 1 and notes[0].startswith(
             "A model of this loss fails at least one of the [sanity checks]("
         )
-        assert notes[0].endswith("in doubt, if only by an image of a hundred.")
+        assert notes[0].endswith("in doubt, if only by an image or two.")
     for block in ("accuracy", "survival"):
         named = re.findall(r"\| ((?:CE|(?:AT \+ )?DR [0-9.]+)(?: †)?) \|", rows[block])
         assert "DR 0.005 †" in named and "DR 0.005" not in named and "CE" in named and "CE †" not in named

@@ -168,7 +168,7 @@ def test_large_batches_leave_half_of_the_processes_to_small_ones(
 ) -> None:
     """Batches are of 7 images but for the last of a cell; the clean images are one."""
     cells = plan_cells(run, configuration(tmp_path, *OVERRIDES).suite, {run: run.config()})
-    monkeypatch.setattr(spreading, "LARGE", {"cpu": large})
+    monkeypatch.setattr(spreading, "LARGE_BATCH", {"cpu": large})
     lock, at_once, begun = threading.Lock(), Counter[bool](), list[tuple[int, int]]()
     compute = spreading._compute
 
@@ -193,7 +193,9 @@ def test_large_batches_leave_half_of_the_processes_to_small_ones(
         )  # fmt: skip
     assert sorted(cell.path for cell in written) == sorted(cell.path for cell in cells)
     assert max(count for count, _ in begun) == most
-    assert max(total for _, total in begun) == (most or workers) or most < workers
+    assert max(total for _, total in begun) <= workers
+    if most < workers:
+        assert any(count == most and total > most for count, total in begun), "a small one beside the large ones"
 
 
 def test_cells_that_others_wait_for_come_first_on_a_card_until_the_processes_are_ready(
@@ -201,8 +203,8 @@ def test_cells_that_others_wait_for_come_first_on_a_card_until_the_processes_are
 ) -> None:
     never = StartingPool(nothing, 2, nothing, [Future()])  # type: ignore[arg-type]
     monkeypatch.setattr(spreading, "starting_pool", lambda *_: nullcontext(never))
-    monkeypatch.setattr(spreading, "LARGE", {"cpu": 512})
-    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {})
+    monkeypatch.setattr(spreading, "LARGE_BATCH", {"cpu": 512})
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {"cpu": 0.0})
     here: list[str] = []
 
     def fill(cell: Cell, *others: Any) -> None:
@@ -281,3 +283,65 @@ def nothing(*_: Any) -> None:
 def prepared(run: RunFolder) -> tuple[int, int]:
     """Return how many models and test splits a worker process has loaded; called in one."""
     return spreading._model_of.cache_info().currsize, filling._cached_test_split.cache_info().currsize
+
+
+def test_a_cell_of_which_few_images_stand_is_no_large_one(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on beside a large one, by how many are left of it and not by how many it is about."""
+    cells = plan_cells(run, configuration(tmp_path, *OVERRIDES, "suite.batch_size=30").suite, {run: run.config()})
+    *others, last = (cell for cell in cells if cell.attack != "clean")
+    for cell in others:
+        filling.fill_cell(cell, run.load_model(torch.device("cpu")), torch.device("cpu"))
+    left = int(filling.read_before(last, torch.device("cpu")).standing.sum())
+    assert 0 < left < 30
+    for cell in others[:1]:
+        cell.path.unlink()
+    begun: list[tuple[str, int]] = []
+    compute, may_end = spreading._compute, threading.Event()
+
+    def watched(cell: Cell, device: torch.device, standing: np.ndarray, start: int, stop: int) -> Any:
+        begun.append((cell.attack, stop - start))
+        if cell is last:
+            may_end.set()
+        assert may_end.wait(30), "the large batch is still at work when the small one begins"
+        return compute(cell, device, standing, start, stop)
+
+    monkeypatch.setattr(spreading, "_compute", watched)
+    monkeypatch.setattr(spreading, "LARGE_BATCH", {"cpu": left})
+    assert others[0] not in last.after
+    with ThreadPoolExecutor(2) as threads:
+        spreading.fill_side_by_side(
+            threads, 2, [others[0], last], torch.device("cpu"),  # type: ignore[arg-type]
+            fill_here=lambda cell: 1, before_writing=nothing, when_begun=nothing,
+            when_done=lambda cell, count: None, on_images=nothing,
+        )  # fmt: skip
+    assert sorted(size for _, size in begun) == [left, 30]
+
+
+def test_the_convergence_checks_are_spread_and_are_those_of_one_process(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = "+suite.sanity={n_samples: 5, n_convergence: 20, steps: 2, restarts: 1, batch_size: 8}"
+    config = configuration(tmp_path, *OVERRIDES, checks)
+    cells = plan_cells(run, config.suite, {run: run.config()})
+    (cell,) = [cell for cell in cells if cell.attack == "convergence"]
+    assert batches_of(cell, 20) == [(0, 8), (8, 16), (16, 20)]
+    evaluate_study(config)
+    spread = load_arrays_file(cell.path)
+    shutil.rmtree(run.path / "eval")
+    monkeypatch.setattr(spreading, "SPREAD_SECONDS", {"cpu": 1e9})
+    evaluate_study(config)
+    whole = load_arrays_file(cell.path)
+    assert spread["standing"].shape == (3, 20) and 0 < spread["standing"].sum() < 60
+    np.testing.assert_array_equal(spread["standing"], whole["standing"])
+
+
+def test_no_processes_are_started_for_a_single_cell(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configuration(tmp_path, *OVERRIDES)
+    evaluate_study(config)
+    plan_cells(run, config.suite, {run: run.config()})[-1].path.unlink()
+    monkeypatch.setattr(spreading, "starting_pool", None)
+    assert evaluate_study(config).computed == 1

@@ -1,7 +1,7 @@
 """Bias, shortcut and ReLU after a convolution in float16, in one pass over its feature maps.
 
-On a card such a pass takes as long as its bytes take to come and go, about as long as the convolution itself, and one
-by one a bias, a shortcut and a ReLU are three. Here they are one, in Triton where that is at hand.
+Such operations are bound by a card's memory: together they take about as long as the convolution. One by one, bias,
+shortcut and ReLU read and write the feature maps three times; here they do so once, in Triton where that is at hand.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import Function
 
-LARGEST = 2**31
+MAX_ELEMENTS = 2**31
 """Elements that the kernel can count."""
 RELUS = (torch.relu, torch.relu_, nn.functional.relu)
 SUMS = (operator.add, operator.iadd, torch.add)
@@ -32,7 +32,7 @@ def _kernel() -> Any:
 
 def _biased_relu(values: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
     maps = (values,) if shortcut is None else (values, shortcut)
-    if values.is_cuda and values.numel() < LARGEST and all(_is_channels_last(each, values) for each in maps):
+    if values.is_cuda and values.numel() < MAX_ELEMENTS and all(_is_channels_last(each, values) for each in maps):
         kernel = _kernel()
         if kernel is not None:
             found: Tensor = kernel(values, bias, shortcut)
@@ -46,7 +46,7 @@ def _is_channels_last(maps: Tensor, like: Tensor) -> bool:
 
 
 class _BiasedReLU(Function):
-    """Its way back needs the result only."""
+    """The function of ``BiasedReLU``; its backward pass needs the result only."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor:
@@ -94,11 +94,15 @@ def fuse_activations(model: fx.GraphModule, take_bias: Callable[[nn.Module], Ten
     """
     modules = dict(model.named_modules())
     calls = Counter(node.target for node in model.graph.nodes if node.op == "call_module")
+    # A parameter that is also read by itself must stay where it is.
+    read = {str(node.target).rpartition(".")[0] for node in model.graph.nodes if node.op == "get_attr"}
 
     def take(term: Any) -> Tensor | None:
         """Take the bias of a layer whose value nobody else wants."""
         is_layer = isinstance(term, fx.Node) and term.op == "call_module" and calls[term.target] == 1
-        return take_bias(modules[str(term.target)]) if is_layer and len(term.users) == 1 else None
+        if not is_layer or len(term.users) != 1 or any(f"{name}.".startswith(f"{term.target}.") for name in read):
+            return None
+        return take_bias(modules[str(term.target)])
 
     changed = 0
     for node in list(model.graph.nodes):
@@ -107,7 +111,8 @@ def fuse_activations(model: fx.GraphModule, take_bias: Callable[[nn.Module], Ten
         inner = node.args[0]
         is_sum = inner.op == "call_function" and inner.target in SUMS and len(inner.args) == 2 and not inner.kwargs
         terms = list(inner.args) if is_sum and len(inner.users) == 1 else [inner]
-        if not all(isinstance(term, fx.Node) for term in terms):
+        # The bias of a value that is added to itself counts twice.
+        if not all(isinstance(term, fx.Node) for term in terms) or len(set(terms)) < len(terms):
             continue
         biases = [take(term) for term in terms]
         found = [bias.float() for bias in biases if bias is not None]

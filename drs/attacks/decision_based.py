@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from drs.attacks.minimal_norm import other_class_images, settle
+from drs.batches import in_batches
 
 AT_ONCE = 10
 """Samples searched together: each needs hundreds of noisy copies of itself in memory."""
 QUERIES_AT_ONCE = 512
-"""Noisy copies that the model sees in one batch, about."""
+"""Queries that the model gets in one batch, about."""
 
 
 class RepeatedMisclassification(foolbox.criteria.Criterion):
-    """Whether images are misclassified: those of the labels ``[B]``, or several rounds of them, one after another."""
+    """Misclassification of images of the labels ``[B]``, or of R copies of each: all first copies, all second, ..."""
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__()
@@ -54,10 +55,11 @@ class SamplewiseHopSkipJump(foolbox.attacks.HopSkipJumpAttack):
         centre, radius = x_advs.raw, delta.raw.view(-1, 1, 1, 1)
         length = torch.linalg.vector_norm(noise.flatten(2), dim=2).view(steps, count, 1, 1, 1)
         noisy = (centre + radius * (noise / (length + 1e-12))).clamp(0, 1)
-        answers = [
-            is_adversarial(wrap(part.flatten(0, 1))).raw.view(-1, count)
-            for part in noisy.split(max(1, QUERIES_AT_ONCE // count))
-        ]
+        # An answer does not depend on what is beside it, so a batch that does not fit may be halved.
+        answers, _ = in_batches(
+            lambda start, stop: is_adversarial(wrap(noisy[start:stop].flatten(0, 1))).raw.view(-1, count),
+            steps, max(1, QUERIES_AT_ONCE // count), "queries of HopSkipJump",
+        )  # fmt: skip
         signs = 2.0 * torch.cat(answers).to(centre.dtype) - 1
         mean = signs.mean(dim=0)
         # Where all copies are on one side their mean is no baseline: it would leave nothing.

@@ -123,7 +123,7 @@ class HalfPrecision(nn.Module):
 
 
 def _take_bias(module: nn.Module) -> Tensor | None:
-    """Take the bias from a convolution, which at the front of the model leaves its result in float32 then."""
+    """Take the bias from a convolution; the first one of a model then returns float32, which the ReLU rounds."""
     layer = module.layer if isinstance(module, _EndLayer) and module.halve else module
     if not isinstance(layer, nn.Conv2d) or layer.bias is None:
         return None

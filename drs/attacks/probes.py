@@ -74,9 +74,9 @@ def run_probes(
     cross-entropy and on the margin, at first from the clean image and then from random starts, and on the margin to
     each of the other classes in turn, at first all from the clean image; ``ce_best`` and ``ce_last``
     (the best and the last iterate of one climb of cross-entropy from the clean image, on which nothing is dropped);
-    ``more_steps`` and ``more_restarts`` (``margin`` with twice of each); ``scaled_<factor>``, ``normalised`` and
-    ``shifted`` (``ce`` on logits multiplied by a factor, multiplied by ``drs.attacks.objectives.logit_scale``, and
-    shifted); ``large`` and ``unbounded`` (``margin`` within 0.5 and 1).
+    ``more_steps`` and ``more_restarts`` (``margin`` with twice of each; ``run_convergence`` has them for more images);
+    ``scaled_<factor>``, ``normalised`` and ``shifted`` (``ce`` on logits multiplied by a factor, multiplied by
+    ``drs.attacks.objectives.logit_scale``, and shifted); ``large`` and ``unbounded`` (``margin`` within 0.5 and 1).
 
     Args:
         model: In eval mode; pixels in [0,1] in, logits out.

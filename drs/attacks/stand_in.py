@@ -80,9 +80,10 @@ def _copies(model: nn.Module, images: Tensor) -> Iterator[nn.Module]:
     """Yield copies of a model, the fastest first."""
     folded = _folded(model)
     if images.device.type in HALF_PRECISION_ON:
-        half = _halved(folded or model, images[:PROBED])
-        if half is not None:
-            yield half
+        for fused in (True, False):
+            half = _halved(folded or model, images[:PROBED], fused)
+            if half is not None:
+                yield half
     if folded is not None:
         yield folded
 
@@ -99,17 +100,13 @@ def _folded(model: nn.Module) -> nn.Module | None:
     return copy.eval()
 
 
-def _halved(model: nn.Module, images: Tensor) -> HalfPrecision | None:
-    for fused in (True, False):
-        try:
-            found = in_half_precision(model, images, fused)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a model's code does that cannot be copied, or not in float16
-            continue
-        if found is not None:
-            return found
-    return None
+def _halved(model: nn.Module, images: Tensor, fused: bool = False) -> HalfPrecision | None:
+    try:
+        return in_half_precision(model, images, fused)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model's code does that cannot be copied, or not in float16
+        return None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-triton: Any = importlib.import_module("triton")  # comes with a torch for CUDA, and with no other
+triton: Any = importlib.import_module("triton")  # comes with a torch for a card
 tl: Any = importlib.import_module("triton.language")
 
 ELEMENTS = 4096
@@ -58,8 +58,9 @@ def biased_relu(values: Tensor, bias: Tensor, shortcut: Tensor | None) -> Tensor
     if pixels:
         width = triton.next_power_of_2(channels)
         rows = max(1, ELEMENTS // width)
-        _biased_relu[(triton.cdiv(pixels, rows),)](
-            values, bias, values if shortcut is None else shortcut, result, pixels,
-            CHANNELS=channels, WIDTH=width, ROWS=rows, SHORTCUT=shortcut is not None, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(values):  # Triton takes the current card
+            _biased_relu[(triton.cdiv(pixels, rows),)](
+                values, bias, values if shortcut is None else shortcut, result, pixels,
+                CHANNELS=channels, WIDTH=width, ROWS=rows, SHORTCUT=shortcut is not None, num_warps=WARPS,
+            )  # fmt: skip
     return result

@@ -21,6 +21,8 @@ from drs.sweeper import grid_jobs
 
 GRACE = 20.0
 """Seconds that a command has to end in when its time is up."""
+CONVERGENCE_SAMPLES = 1000
+"""Of the strong suite's checks on convergence."""
 COSTLIEST = 12
 """Cells of a suite whose seconds are told."""
 Command = Sequence[str]
@@ -178,7 +180,7 @@ def _standing(study: Path) -> str:
     clean = table.query("attack == 'clean'").robust_accuracy.iloc[0]
     standing = table.query("attack == 'targeted_pgd'").sort_values("epsilon")
     listed = [f"{row.robust_accuracy:.1%} at {row.epsilon_label}" for row in standing.itertuples()]
-    return f"{clean:.1%} of the images are right, and of those attacked stand targeted PGD " + ", ".join(listed)
+    return f"{clean:.1%} of the images are right without an attack, and under targeted PGD " + ", ".join(listed)
 
 
 def _costliest(study: Path) -> str:
@@ -196,7 +198,9 @@ def _costliest(study: Path) -> str:
 
 def strong_command(results: Path, data: str, samples: int, device: str, settings: Sequence[str]) -> Command:
     """Return the command of the strong suite on what ``strong_row`` has trained."""
-    suite = ["suite=strong", f"++suite.n_samples.{data}={samples}", "timing=false", *settings]
+    checked = min(samples, CONVERGENCE_SAMPLES)
+    suite = ["suite=strong", f"++suite.n_samples.{data}={samples}", f"suite.sanity.n_convergence={checked}"]
+    suite += ["timing=false", *settings]
     return ["evaluate.py", *suite, *_strong_study(results, device)]
 
 
