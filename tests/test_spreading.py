@@ -345,3 +345,22 @@ def test_no_processes_are_started_for_a_single_cell(
     plan_cells(run, config.suite, {run: run.config()})[-1].path.unlink()
     monkeypatch.setattr(spreading, "starting_pool", None)
     assert evaluate_study(config).computed == 1
+
+
+def test_a_batch_of_the_convergence_checks_has_the_seed_of_its_place(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a batch of an attack has, so that a restart begins where it begins in one process."""
+    checks = "+suite.sanity={n_samples: 5, n_convergence: 20, seed: 3, batch_size: 8}"
+    cells = plan_cells(run, configuration(tmp_path, *OVERRIDES, checks).suite, {run: run.config()})
+    (cell,) = [cell for cell in cells if cell.attack == "convergence"]
+    seen: list[tuple[int, int]] = []
+
+    def watched(model: Any, images: torch.Tensor, labels: torch.Tensor, epsilon: float, config: Any, **_: Any) -> Any:
+        seen.append((config.seed, len(images)))
+        return {"margin": labels.numpy() >= 0}, 8
+
+    monkeypatch.setattr(filling, "run_convergence", watched)
+    for start, stop in batches_of(cell, 20):
+        filling.compute_part(cell, torch.nn.Identity(), torch.device("cpu"), np.ones(20, bool), start, stop)
+    assert seen == [(3, 8), (11, 8), (19, 4)]
