@@ -75,7 +75,7 @@ def _more_images(tables: Tables) -> str:
     more = tables["sanity"][tables["sanity"]["n"] > most] if "sanity" in tables else pd.DataFrame()
     if more.empty:
         return ""
-    return f", and for whether more steps or restarts find more on {int(more['n'].max())}"
+    return f"; whether PGD has converged was checked on {int(more['n'].max())}"
 
 
 def summary(tables: Tables, strong_suite: bool) -> str:

@@ -21,7 +21,7 @@ from drs.markdown import escape, probability
 from drs.report import draw_figures, plan_figures, read_tables, write_report
 from drs.report_losses import comparator_section
 from drs.report_tables import differences_section, models_section
-from drs.report_text import failures_section, scoring_section
+from drs.report_text import failures_section, scoring_section, summary
 from drs.tables import write_tables
 from drs.verdicts import RULES
 
@@ -132,11 +132,18 @@ def _groups() -> list[tuple[str, str]]:
 
 
 def test_summary_speaks_from_the_claims(text: str) -> None:
-    summary = text.split("\n\n")[1]
-    assert "33 trained models" in summary and "1000 test images or fewer" in summary
+    said = text.split("\n\n")[1]
+    assert "33 trained models" in said and "1000 test images or fewer" in said
     for row in TABLES["claims"].query("data == 'all'").itertuples():
-        assert row.statement in summary and f"**{row.verdict.capitalize()}**" in summary
-    assert "strong attacks were not run" in summary
+        assert row.statement in said and f"**{row.verdict.capitalize()}**" in said
+    assert "strong attacks were not run" in said
+
+
+def test_summary_says_where_a_check_saw_more_images_than_any_attack() -> None:
+    assert "1000 test images or fewer." in summary(TABLES, strong_suite=True)
+    sanity = TABLES["sanity"].assign(n=[2000, *TABLES["sanity"]["n"][1:]])
+    said = summary({**TABLES, "sanity": sanity}, strong_suite=True)
+    assert "1000 test images or fewer; whether PGD has converged was checked on 2000." in said
 
 
 def test_rules_are_the_codes_own(text: str) -> None:
