@@ -153,13 +153,16 @@ def test_script_compares_a_published_model_and_writes_the_table_where_it_is_told
     out = tmp_path / "agreement.md"
     finished = _run("--runs", "mnist-lenet-ce", "--images", "20", "--attacks", "fmn_linf", "--out", str(out))
     lines = finished.stdout.splitlines()
-    assert len(lines) == 4, "no key where no check is failed, and no note where none is needed"
+    (run,) = SCRIPT.find_runs(SCRIPT.STUDY, ["mnist-lenet-ce"])
+    key = bool(SCRIPT.failed_checks(run))
+    assert len(lines) == (6 if key else 4), "no key where no check is failed, and no note where none is needed"
     assert out.read_text().endswith("\n\n" + finished.stdout), finished.stderr
     assert (
         "# Agreement" in out.read_text()
         and "## 20 test images\n\nMade by `python scripts/agreement.py --runs" in out.read_text()
     )
-    assert [line.split("|")[2].strip() for line in lines[2:]] == ["linf 0.1", "linf 0.2"]
+    assert [line.split("|")[2].strip() for line in lines[2:4]] == ["linf 0.1", "linf 0.2"]
+    assert all(line.split("|")[1].strip() == ("mnist-lenet-ce †" if key else "mnist-lenet-ce") for line in lines[2:4])
     # An image is five points here, so the status says what the last column does.
     assert finished.returncode == (1 if any("| no |" in line for line in lines) else 0)
 
