@@ -119,7 +119,7 @@ def fuse_activations(model: fx.GraphModule, take_bias: Callable[[nn.Module], Ten
         if not found:
             continue
         if biases[0] is None:
-            terms.reverse()
+            terms.reverse()  # the layer's value first, which has the shape of the result
         name = f"biased_relu_{changed}"
         model.add_submodule(name, BiasedReLU(torch.stack(found).sum(dim=0)))
         with model.graph.inserting_before(node):
