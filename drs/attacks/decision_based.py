@@ -42,7 +42,7 @@ class SamplewiseHopSkipJump(foolbox.attacks.HopSkipJumpAttack):
     """
 
     def approximate_gradients(self, is_adversarial: Any, x_advs: Any, steps: int, delta: Any) -> Any:
-        """Return the estimates ``[B, C, H, W]``, each of L2 norm 1 (arXiv 1904.02144, equation 16).
+        """Return the estimates ``[B, C, H, W]``, each of L2 norm 1 (arXiv 1904.02144, with the mean as baseline).
 
         Args:
             is_adversarial: Takes images ``[R*B, C, H, W]``, returns bool ``[R*B]``.
