@@ -166,11 +166,12 @@ def test_the_cheapest_cells_come_first_until_the_processes_are_ready(
 def test_large_batches_leave_half_of_the_processes_to_small_ones(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, large: int, most: int
 ) -> None:
-    """Batches are of 7 images but for the last of a cell; the clean images are one."""
+    """Batches are of 7 images but for the last of a cell; the clean images are one. The threads stand for processes:
+    how many batches are begun is watched, and one at a time is computed, as they share what a process has alone."""
     cells = plan_cells(run, configuration(tmp_path, *OVERRIDES).suite, {run: run.config()})
     monkeypatch.setattr(spreading, "LARGE_BATCH", {"cpu": large})
     lock, at_once, begun = threading.Lock(), Counter[bool](), list[tuple[int, int]]()
-    compute = spreading._compute
+    alone, compute = threading.Lock(), spreading._compute
 
     def watched(cell: Cell, device: torch.device, standing: np.ndarray, start: int, stop: int) -> Any:
         with lock:
@@ -178,7 +179,8 @@ def test_large_batches_leave_half_of_the_processes_to_small_ones(
             begun.append((at_once[True], at_once.total()))
         time.sleep(0.2 if stop - start > large else 0.02)
         try:
-            return compute(cell, device, standing, start, stop)
+            with alone:
+                return compute(cell, device, standing, start, stop)
         finally:
             with lock:
                 at_once[stop - start > large] -= 1
