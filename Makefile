@@ -5,7 +5,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data smoke reproduce status figures publish readme bench bundle merge
+.PHONY: help setup data smoke reproduce status figures publish readme bench agreement bundle merge
 .PHONY: test test-slow test-bundle test-slurm test-scale lint clean lock
 
 help:  # lists the targets
@@ -38,6 +38,9 @@ readme: setup  ## write the tables of the reference study into README.md
 
 bench: setup  ## measure speed and memory beside other libraries; results/bench (ONLY=loss makes one section)
 	@$(PY) scripts/bench.py $(if $(ONLY),--only "$(ONLY)")
+
+agreement: setup  ## compare library attacks with second implementations (results/reference/agreement.md; about an hour)
+	@$(PY) scripts/agreement.py --published
 
 bundle:  ## pack all that a node without a network needs into dist/ (PYTHON=3.12 PLATFORM= DATA= EXCLUDE=)
 	@sh scripts/setup.sh "$(if $(findstring python,$(PYTHON)),$(PYTHON),python3)"

@@ -149,6 +149,13 @@ def without_missing(attacks: Iterable[str]) -> tuple[list[str], str]:
     )
 
 
+def check_known(attacks: Iterable[str]) -> None:
+    """Raise ``UserError`` for an attack that is not in ``PAIRS``."""
+    for attack in attacks:
+        if attack not in PAIRS:
+            raise UserError(f"{attack}: has no second implementation here; one of {', '.join(PAIRS)} has")
+
+
 def compare(
     name: str, data: str, model: nn.Module, images: Tensor, labels: Tensor, suite: SuiteConfig, attacks: Iterable[str]
 ) -> Iterator[Agreement]:
@@ -169,9 +176,8 @@ def compare(
         UserError: For an attack that is not in ``PAIRS`` or not in the suite.
     """
     chosen = list(attacks)
+    check_known(chosen)
     for attack in chosen:
-        if attack not in PAIRS:
-            raise UserError(f"{attack}: has no second implementation here; one of {', '.join(PAIRS)} has")
         if attack not in suite.attacks:
             raise UserError(f"{attack}: the {suite.name} suite has no such attack")
     as_is = _Standing(model, images, labels, suite.batch_size)

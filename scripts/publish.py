@@ -1,7 +1,8 @@
 """Put a finished study into results/reference, where it is committed: python scripts/publish.py STUDY [RESULTS].
 
 Tables, figures and reports are taken, and per dataset two models with their per-sample arrays. RESULTS is the folder
-that holds the study, results/ by default. README.md is filled anew if the study is the one behind it.
+that holds the study, results/ by default. README.md is filled anew if the study is the one behind it, and the
+page on the agreement of attacks (make agreement) has its models' marks put right.
 """
 
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from drs.agreement_report import TABLE, write_page
 from drs.config import PROJECT_ROOT
 from drs.entrypoint import run_script
 from drs.publication import MODELS, publish
@@ -26,6 +28,8 @@ def main() -> int:
     files = publish(study_folder(results, name), reference)
     if name == README_STUDY:
         update_readme(PROJECT_ROOT / "README.md", reference)
+    if (reference.parent / TABLE).is_file():
+        write_page(reference.parent)
     size = sum((reference / file).stat().st_size for file in files) / 1e6
     models = {file.parts[1] for file in files if file.parts[0] == MODELS and len(file.parts) > 2}
     print(f"{reference}: {len(files)} files, {size:.1f} MB; models: {', '.join(sorted(models)) or 'none'}")

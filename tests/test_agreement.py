@@ -18,6 +18,19 @@ from test_attacks import linear_problem, minimal_norms
 
 from drs import agreement
 from drs.agreement import FAB, MARGIN, PAIRS, SECOND, STRONGER, Agreement, agreement_table, compare, without_missing
+from drs.agreement_report import (
+    COLUMNS,
+    PAGE,
+    PUBLISHED,
+    TABLE,
+    failed_checks,
+    keys,
+    page,
+    put_records,
+    read_records,
+    record,
+    write_page,
+)
 from drs.attack_config import APGDConfig, FABConfig, FMNFromStartConfig, ProjectedConfig, TargetedFABConfig
 from drs.config import PROJECT_ROOT, TrainConfig, run_id
 from drs.errors import UserError
@@ -154,9 +167,9 @@ def test_script_compares_a_published_model_and_writes_the_table_where_it_is_told
     finished = _run("--runs", "mnist-lenet-ce", "--images", "20", "--attacks", "fmn_linf", "--out", str(out))
     lines = finished.stdout.splitlines()
     (run,) = SCRIPT.find_runs(SCRIPT.STUDY, ["mnist-lenet-ce"])
-    key = bool(SCRIPT.failed_checks(run))
+    key = bool(failed_checks(run))
     assert len(lines) == (6 if key else 4), "no key where no check is failed, and no note where none is needed"
-    assert out.read_text().endswith("\n\n" + finished.stdout), finished.stderr
+    assert out.is_file() and out.read_text().endswith("\n\n" + finished.stdout), finished.stderr
     assert (
         "# Agreement" in out.read_text()
         and "## 20 test images\n\nMade by `python scripts/agreement.py --runs" in out.read_text()
@@ -185,13 +198,11 @@ def test_model_that_fails_a_sanity_check_is_marked_with_its_key_and_one_that_is_
     models = pd.DataFrame({"run_id": ids[:2], "failed_checks": ["objective_gap;more_steps", None]})
     (tmp_path / "tables").mkdir()
     models.to_csv(tmp_path / "tables" / "models.csv", index=False)
-    assert [SCRIPT.failed_checks(run) for run in runs] == [["objective_gap", "more_steps"], [], None]
-    assert SCRIPT.keys(runs[:2]) == [
+    assert [failed_checks(run) for run in runs] == [["objective_gap", "more_steps"], [], None]
+    assert keys(runs[:2]) == [
         f"{MARK} fails sanity checks of its study. mnist-lenet-ce mnist-lenet-0: objective_gap, more_steps."
     ]
-    assert SCRIPT.keys(runs[2:]) == [
-        "Its study's tables say nothing of sanity checks of: mnist-lenet-ce mnist-lenet-2."
-    ]
+    assert keys(runs[2:]) == ["Its study's tables say nothing of sanity checks of: mnist-lenet-ce mnist-lenet-2."]
     monkeypatch.setattr(SCRIPT, "load_test", lambda *_: (SimpleNamespace(pixels=lambda: None, labels=None), None))
     monkeypatch.setattr(RunFolder, "load_model", lambda *_: None)
     monkeypatch.setattr(SCRIPT, "compare", lambda name, *_: [Agreement(name, "l2", "1", "cw", MARGIN, [1.0], [1.0])])
@@ -200,13 +211,124 @@ def test_model_that_fails_a_sanity_check_is_marked_with_its_key_and_one_that_is_
     text = capsys.readouterr().out
     assert f"| mnist-lenet-ce mnist-lenet-0 {MARK} |" in text and "| mnist-lenet-ce mnist-lenet-1 |" in text
     assert f"\n{MARK} fails sanity checks" in text
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--append", "--images", "7"])
-    assert SCRIPT.main() == 0
     told = (tmp_path / "out.md").read_text()
     assert [line for line in told.splitlines() if line.startswith("#")] == [
-        "# Agreement of library attacks with a second implementation", "## 300 test images", "## 7 test images",
+        "# Agreement of library attacks with a second implementation", "## 300 test images",
     ]  # fmt: skip
-    assert told.count("| problem |") == 2
+
+
+MADE = {"created": "2026-11-27", "commit": "0123456789ab", "dirty": False, "versions": "torch 2.13.0, ART 1.20.1"}
+
+
+def _reference(tmp_path: Path) -> Path:
+    """Return a folder with the tables and published models of two studies, one of which fails a check."""
+    for study, failed in (("laptop", "more_steps"), ("desktop", None)):
+        config = compose_train("data=mnist", "model=lenet", "loss=ce", "seed=0")
+        _folder(tmp_path / study, "mnist-lenet-ce", config)
+        (tmp_path / study / "tables").mkdir()
+        rows = pd.DataFrame({"run_id": [run_id(config)], "failed_checks": [failed]})
+        rows.to_csv(tmp_path / study / "tables" / "models.csv", index=False)
+    return tmp_path
+
+
+def test_published_comparisons_are_kept_in_a_table_and_laid_out_with_the_marks_of_now(tmp_path: Path) -> None:
+    reference = _reference(tmp_path)
+    square = Agreement("mnist-lenet-ce", "linf", "0.1", "square", PAIRS["square"], [80.0, 81.5], [80.5, 81.0], n=250)
+    hop = Agreement(
+        f"mnist-lenet-ce {MARK}", "linf", "0.1", "hop_skip_jump", PAIRS["hop_skip_jump"], [70.0, 72.0], [71.0, 72.0],
+        n=200, medians=(0.17821, 0.179),
+    )  # fmt: skip
+    later = [replace(hop, epsilon=epsilon) for epsilon in ("0.1", "0.2")]
+    put_records(reference, [record("desktop", row, MADE) for row in later])
+    put_records(reference, [record("laptop", square, MADE)])
+    assert list(read_records(reference).columns) == COLUMNS
+    assert list(read_records(reference)["study"]) == ["laptop", "desktop", "desktop"], "in the order of the page"
+    text = page(reference)
+    assert "| mnist-lenet-ce † | linf 0.1 | 250 | square | Square of ART | agreement | 80.75 | 80.75 |" in text
+    assert (
+        "| mnist-lenet-ce | linf 0.2 | 200 | hop_skip_jump | HopSkipJump of ART | agreement | 71.00 | 71.50 |" in text
+    )
+    assert "| 0.1782 / 0.1790 |" in text and "| 80.00 to 81.50 / 80.50 to 81.00 | – |" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Models of the laptop study", "## Models of the desktop study", "## How they were compared",
+    ]  # fmt: skip
+    assert text.count("square: both make 500 queries") == 1
+    assert text.endswith(
+        "\n\nMade by `make agreement` on 2026-11-27 at commit `0123456789ab`: torch 2.13.0, ART 1.20.1.\n"
+    )
+    # A comparison that is made anew takes the place of the earlier one; one of another commit is told apart.
+    put_records(reference, [record("laptop", replace(square, n=100), {**MADE, "commit": "fedcba987654"})])
+    assert list(read_records(reference)["n"]) == [100, 200, 200]
+    assert write_page(reference) == reference / PAGE
+    ends = (reference / PAGE).read_text().splitlines()
+    assert ends[-3].startswith("Made by `make agreement`, square on") and "`fedcba987654`" in ends[-3]
+    assert ends[-1].startswith("Made by `make agreement`, hop_skip_jump on")
+    # The marks follow the tables of the studies.
+    models = reference / "laptop" / "tables" / "models.csv"
+    pd.read_csv(models).assign(failed_checks="").to_csv(models, index=False)
+    assert MARK not in page(reference)
+
+
+def test_a_published_page_that_cannot_be_laid_out_says_why(tmp_path: Path) -> None:
+    reference = _reference(tmp_path)
+    with pytest.raises(UserError, match="agreement.csv has no comparison; make it: make agreement"):
+        write_page(reference)
+    row = Agreement("mnist-mlp-ce", "l2", "1", "cw", PAIRS["cw"], [1.0], [1.0], n=10)
+    put_records(reference, [record("laptop", row, MADE)])
+    with pytest.raises(UserError, match="laptop has no published model mnist-mlp-ce; compare it anew"):
+        write_page(reference)
+    put_records(reference, [record("laptop", replace(row, model="mnist-lenet-ce", second="CW of nobody"), MADE)])
+    read_records(reference).iloc[:1].to_csv(reference / TABLE, index=False)
+    with pytest.raises(UserError, match="'CW of nobody' is no second implementation here"):
+        write_page(reference)
+    assert not (reference / PAGE).exists()
+    read_records(reference).drop(columns="required").to_csv(reference / TABLE, index=False)
+    with pytest.raises(UserError, match="agreement.csv lacks the column 'required'"):
+        write_page(reference)
+
+
+def test_published_comparisons_are_made_of_the_named_attacks_and_kept_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = _reference(tmp_path)
+    compared: list[tuple[str, str, int, list[str]]] = []
+
+    def agreements(run: RunFolder, suite: SuiteConfig, images: int, attacks: list[str]) -> list[Agreement]:
+        if len(compared) == 2:
+            raise UserError("no power")
+        compared.append((run.path.parent.parent.name, run.run_id, images, attacks))
+        return [Agreement(run.run_id, "l2", "1", attacks[0], PAIRS[attacks[0]], [9.0], [7.0], n=images)]
+
+    monkeypatch.setattr(SCRIPT, "REFERENCE", reference)
+    monkeypatch.setattr(SCRIPT, "agreements", agreements)
+    monkeypatch.setattr(
+        SCRIPT, "PUBLISHED", [replace(one, models=("mnist-lenet-ce",)) for one in PUBLISHED if one.study != "pairs"]
+    )
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--published", "--attacks", "fab_t", "apgd_ce", "cw"])
+    with pytest.raises(UserError, match="no power"):
+        SCRIPT.main()
+    assert compared == [("laptop", "mnist-lenet-ce", 300, ["apgd_ce"]), ("laptop", "mnist-lenet-ce", 300, ["fab_t"])]
+    assert list(read_records(reference)["attack"]) == ["apgd_ce", "fab_t"], "what is done is not lost"
+    monkeypatch.setattr(SCRIPT, "agreements", lambda *given: agreements(*given) if compared.clear() is None else [])
+    assert SCRIPT.main() == 1, "two points apart"
+    assert len(read_records(reference)) == 4
+    assert capsys.readouterr().out.endswith(f"the page is {reference / PAGE}\n")
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--lay-out"])
+    (reference / PAGE).unlink()
+    assert SCRIPT.main() == 0 and (reference / PAGE).is_file()
+    monkeypatch.setattr(sys, "argv", ["agreement.py", "--published", "--attacks", "fab"])
+    with pytest.raises(UserError, match="fab: has no second implementation here"):
+        SCRIPT.main()
+
+
+def test_the_page_in_the_repository_is_of_its_table_and_of_the_present_tables_of_the_studies() -> None:
+    reference = PROJECT_ROOT / "results" / "reference"
+    assert (reference / PAGE).read_text(encoding="utf-8") == page(reference), "python scripts/agreement.py --lay-out"
+    compared = read_records(reference)
+    told = {(one.study, model, attack) for one in PUBLISHED for model in one.models for attack in one.attacks}
+    found = set(compared[["study", "model", "attack"]].itertuples(index=False, name=None))
+    assert {(*rest, attack.removesuffix(", sound")) for *rest, attack in found} == told
+    assert not compared["dirty"].any()
 
 
 def test_pairs_of_an_optional_package_are_left_out_with_the_reason(

@@ -126,8 +126,8 @@ def test_make_lists_its_targets() -> None:
     listed = _make().splitlines()
     names = [line.split()[1] for line in listed]
     assert names == [
-        "setup", "data", "smoke", "reproduce", "status", "figures", "publish", "readme", "bench", "bundle", "merge",
-        "test", "test-slow", "test-bundle", "test-slurm", "test-scale", "lint", "clean", "lock",
+        "setup", "data", "smoke", "reproduce", "status", "figures", "publish", "readme", "bench", "agreement",
+        "bundle", "merge", "test", "test-slow", "test-bundle", "test-slurm", "test-scale", "lint", "clean", "lock",
     ]  # fmt: skip
     assert all(len(line) <= 120 and len(line.split()) > 2 for line in listed)
 
