@@ -5,8 +5,9 @@ Importing this does not import torch, so that a run that is done can be skipped,
 
 import csv
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,11 @@ class RunFolder:
         write_json(self.path / "status.json", with_checksum(content))
 
     def config(self) -> TrainConfig:
-        """Return the run's own config; ``UserError`` where it is missing or does not fit the schema."""
+        """Return the run's own config; ``UserError`` where it is missing or does not fit the schema.
+
+        Where the data lies is a matter of the machine: ``DRS_CACHE`` and ``DRS_DATA``, where set, take the place of the
+        folders that the run was trained from.
+        """
         path = self.path / "config.yaml"
         if not path.exists():
             raise DamagedFileError(path, f"is missing; {RETRAIN}")
@@ -72,7 +77,7 @@ class RunFolder:
                 # An interpolation could put what this machine's environment holds into a config of elsewhere.
                 raise DamagedFileError(path, f"holds an interpolation, but values are what was written; {RETRAIN}")
             plain = read_plain_mapping(path)
-            return train_config(OmegaConf.load(path)) if plain is None else plain_train_config(plain)  # type: ignore[arg-type]
+            found = train_config(OmegaConf.load(path)) if plain is None else plain_train_config(plain)  # type: ignore[arg-type]
         except DamagedFileError:
             raise
         except UserError as error:
@@ -80,6 +85,9 @@ class RunFolder:
         except (OSError, ValueError, AttributeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())[:300]
             raise DamagedFileError(path, f"not a config ({reason}); {RETRAIN}") from None
+        cache, root = os.environ.get("DRS_CACHE"), os.environ.get("DRS_DATA")
+        data = replace(found.data, cache=cache or found.data.cache, root=root or found.data.root)
+        return replace(found, data=data)
 
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.yaml``, every value of it."""

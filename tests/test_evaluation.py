@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -18,8 +19,9 @@ from synthetic import study_tables
 
 import drs.study
 from drs.array_files import load_arrays_file
-from drs.config import PROJECT_ROOT
+from drs.config import PROJECT_ROOT, run_id
 from drs.data import load_split
+from drs.filling import load_test
 from drs.landing import landing_row
 from drs.runs import finished_runs, iterate_runs
 from drs.study import STAMP, _coefficients
@@ -43,6 +45,23 @@ def evaluate(results: Path, out: Path, *more: str) -> str:
 @pytest.fixture(scope="session")
 def study(smoke_results: Path) -> Path:
     return smoke_results / "smoke"
+
+
+def test_data_is_read_from_where_the_environment_says_now(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may have been trained on another machine, whose folders are not here."""
+    run = next(iter(iterate_runs(study)))
+    for name in ("DRS_CACHE", "DRS_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    trained = run.config()
+    monkeypatch.setenv("DRS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DRS_DATA", str(tmp_path / "files"))
+    found = run.config()
+    assert (found.data.cache, found.data.root) == (str(tmp_path / "cache"), str(tmp_path / "files"))
+    assert found == replace(trained, data=found.data) and run_id(found) == run.run_id
+    assert load_test(found.data, 5, torch.device("cpu"))[0].images.shape[0] == 5
+    assert list((tmp_path / "cache").iterdir())
 
 
 def read(study: Path, name: str) -> pd.DataFrame:
