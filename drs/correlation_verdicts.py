@@ -158,7 +158,8 @@ def decide_clean(models: Correlation, settings: Correlation) -> Decision:
         return Decision(INCONCLUSIVE, "no coefficient: a column is constant")
     if settings.p_greater < ALPHA:
         if models.coefficient > 0:
-            return Decision(NOT_SUPPORTED, "the correlation is significantly positive")
+            apart = "" if models.ci_low > 0 else " by the order of the settings, though its interval holds 0"
+            return Decision(NOT_SUPPORTED, f"the correlation is significantly positive{apart}")
         return Decision(INCONCLUSIVE, "significantly positive over settings, but not positive over models")
     if models.ci_high < MEANINGFUL_CORRELATION and settings.coefficient < MEANINGFUL_CORRELATION:
         return Decision(

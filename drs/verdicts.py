@@ -106,6 +106,8 @@ settings, a point per loss and weight that averages its seeds.
   - *{SUPPORTED}*: p is not, and both the interval over the models and the coefficient over the settings end below
     {MEANINGFUL_CORRELATION:g}.
   - *{INCONCLUSIVE}*: everything else, and {_SMALL}.
+  - The p asks whether the settings' order could be chance. The interval says how large a coefficient may be; it leaves
+    out whole settings, and with few of them it may hold 0 beside a small p. The evidence says where it does.
   - Changed after the study was first run: the interval took models as independent, and a second p, over models, which
     did so, too, had to be below {ALPHA:g} as well.
 - **C5. {STATEMENTS["C5"]}** DR-softmax at weight {PRIMARY_WEIGHT:g} and cross-entropy paired by seed, on the decisive

@@ -231,13 +231,17 @@ def test_time() -> None:
         (0.4, 0.5, 0.1, INCONCLUSIVE),
         (0.4, NAN, NAN, INCONCLUSIVE),
         (0.9, 0.8, 0.049, NOT_SUPPORTED),
+        (0.6, 0.8, 0.049, NOT_SUPPORTED),  # the interval begins at 0
         (0.2, 0.8, 0.049, INCONCLUSIVE),  # over models the coefficient is negative
     ],
 )
 def test_clean_accuracy(high: float, settings: float, p: float, verdict: str) -> None:
     models = Correlation(24, 0.1 if math.isnan(high) else high - 0.3, high - 0.6, high, NAN, NAN)
     over_settings = Correlation(6, settings, NAN, NAN, NAN, p)
-    assert decide_clean(models, over_settings).verdict == verdict
+    decided = decide_clean(models, over_settings)
+    assert decided.verdict == verdict
+    holds_0 = "significantly positive by the order of the settings, though its interval holds 0"
+    assert (holds_0 in decided.reason) == (verdict == NOT_SUPPORTED and high - 0.6 <= 0)
     assert decide_clean(Correlation(7, 0.1, -0.2, 0.4, 0.5, p), over_settings).verdict == INCONCLUSIVE
     assert decide_clean(models, Correlation(4, settings, NAN, NAN, NAN, p)).verdict == INCONCLUSIVE
     assert decide_clean(Correlation(24, NAN, NAN, NAN, NAN, NAN), over_settings).verdict == INCONCLUSIVE
