@@ -16,7 +16,7 @@ from drs.files import atomic_write
 from drs.markdown import NONE, fixed, group_name, interval, percent, table, whole
 from drs.marks import MARK, has_failed
 from drs.paired import BASELINE
-from drs.readme_claims import claims_block, pairs_block, section_link
+from drs.readme_claims import claims_block, pairs_block, section_link, weights_block
 from drs.report import read_provenance, read_tables
 from drs.selection import best_weight
 from drs.shown_intervals import shown_gains
@@ -211,7 +211,7 @@ BLOCKS = {
     "survival": survival_block,
     "questions": questions_block,
 }
-BESIDE = {"pairs": pairs_block}
+BESIDE = {"pairs": pairs_block, "weights": weights_block}
 """Blocks about another study than that which README.md is filled from."""
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 import pandas as pd
 
 from drs.correlation_verdicts import SETS, short
-from drs.markdown import escape, group_name, table, whole
+from drs.findings import select, spearman
+from drs.markdown import NONE, escape, fixed, group_name, interval, table, whole
 from drs.report import read_tables
 from drs.report_text import effect_text
-from drs.verdicts import INCONCLUSIVE
+from drs.verdicts import DECISIVE_WEAK, INCONCLUSIVE, NAMES, WORST_CASES
 
 PAIRS_STUDY = "pairs"
 """The study beside it of cross-entropy and the published weight alone, on more images."""
+WEIGHTS_STUDY = "weights"
+"""The one of many weights of DR-softmax, each with few seeds."""
 OVERALL = "all"
 _OPEN_TWICE = ", ".join(f"{name} {short(INCONCLUSIVE)}" for name in SETS)
 """What C1's evidence begins with where neither set of attacks decides anything; it says no more than the verdict."""
@@ -77,6 +80,38 @@ def pairs_block(study_dir: Path) -> str | None:
     headers = ["", "C2: gain in the worst case", "C5: share of the gain under PGD that is left", "seeds", "images"]
     links = ", ".join(section_link(folder, title) for title in (EVIDENCE["C2"][0], EVIDENCE["C5"][0]))
     return f"{table(headers, rows, align='lllrr')}\n\nEvidence: {links}."
+
+
+def weights_block(study_dir: Path) -> str | None:
+    """Return what C1 and C4 come to in the study of many weights, or None where it is not there.
+
+    Args:
+        study_dir: A study beside it.
+    """
+    folder = study_dir.parent / WEIGHTS_STUDY
+    if not (folder / "tables" / "claims.csv").is_file():
+        return None
+    tables = read_tables(folder)
+    rows = []
+    for (data, model), group in tables["claims"].groupby(["data", "model"], sort=False):
+        if data == OVERALL:
+            continue
+        first, fourth = (group[group["claim"] == name].iloc[0] for name in ("C1", "C4"))
+        own = select(tables["correlations"], data=data, model=model)
+        read = {attack: spearman(own, attack) for attack in (DECISIVE_WEAK, *WORST_CASES, "clean")}
+        shown = {attack: NONE if row is None else _coefficient(row) for attack, row in read.items()}
+        verdict = "<br>".join(filter(None, [str(first["verdict"]), why_open(first)]))
+        clean = f"{fourth['verdict']}; ρ = {shown.pop('clean')}"
+        settings = NONE if read["clean"] is None else whole(read["clean"]["n_settings"])
+        rows.append([group_name(data, model), verdict, *shown.values(), clean, whole(first["n"]), settings])
+    names = (f"ρ, {NAMES[attack]}" for attack in (DECISIVE_WEAK, *WORST_CASES))
+    headers = ["", "C1", *names, "C4", "models", "settings"]
+    links = section_link(folder, EVIDENCE["C4"][0])
+    return f"{table(headers, rows, align='llllllrr')}\n\nEvidence: {links}."
+
+
+def _coefficient(row: pd.Series) -> str:
+    return fixed(row["coefficient"]) + interval(fixed(row["ci_low"]), fixed(row["ci_high"]))
 
 
 def section_link(study_dir: Path, title: str) -> str:

@@ -60,20 +60,50 @@ def test_pairs_on_more_images_fill_a_block_only_where_they_are_there(tmp_path: P
     assert readme_claims.pairs_block(tmp_path / "one") is None
     text = "".join(f"<!-- {name} -->\nby hand\n<!-- /{name} -->\n" for name in (*readme.BLOCKS, *readme.BESIDE))
     before = fill(text, tmp_path / "one")
-    assert "<!-- pairs -->\nby hand\n<!-- /pairs -->" in before and before.count("by hand") == 1
+    assert "<!-- pairs -->\nby hand\n<!-- /pairs -->" in before and before.count("by hand") == len(readme.BESIDE)
     claims = tables["claims"].assign(n_images=np.where(tables["claims"]["claim"] == "C2", 500.0, np.nan))
     open_one = (claims["claim"] == "C5") & (claims["data"] == "mnist")
     claims.loc[open_one, ["verdict", "evidence"]] = "inconclusive (n too small)", "No gain under PGD is shown. More."
     claims.loc[claims["claim"] == "C2", "n"] = 8
     write_study(tmp_path / "pairs", tables | {"claims": claims})
     after = fill(text, tmp_path / "one")
-    assert "by hand" not in after
+    assert after.count("by hand") == len(readme.BESIDE) - 1
     lines = str(readme_claims.pairs_block(tmp_path / "one")).splitlines()
     assert lines[2] == (
         "| mnist/lenet | not supported; +4.2 [−1.2, +12.3] points | inconclusive (n too small); share = 0.04 "
         "[−0.01, 0.12]<br>no gain under PGD is shown | 8 | 500 |"
     )
     assert len(lines) == 6 and "results/reference/pairs/REPORT.md#differences-to-cross-entropy" in lines[-1]
+
+
+def test_many_weights_fill_a_block_with_what_c1_and_c4_come_to(tmp_path: Path) -> None:
+    tables = study_tables()
+    write_study(tmp_path / "one", tables)
+    assert readme_claims.weights_block(tmp_path / "one") is None
+    columns = {"data": "mnist", "model": "lenet", "statistic": "nonlabel_var_log", "method": "spearman"}
+    attacks = ["clean", "pgd@mean", "worst_linf@mean"]
+    rows = pd.DataFrame({"attack": attacks, "coefficient": [0.3, -0.4, 0.5], "n_models": 36, "n_settings": 17})
+    rows = rows.assign(**columns, ci_low=[0.1, -0.6, np.nan], ci_high=[0.5, -0.2, np.nan], p_value=0.1, q_value=0.2)
+    claims = tables["claims"][tables["claims"]["data"].isin(["all", "mnist"])].copy()
+    for name, verdict, evidence in (
+        (
+            "C1",
+            "inconclusive (n too small)",
+            "Weak attacks not supported (PGD -0.40), worst case inconclusive (0.5). More.",
+        ),
+        ("C4", "supported", "Not significantly positive."),
+    ):
+        own = (claims["claim"] == name) & (claims["data"] == "mnist")
+        claims.loc[own, ["verdict", "evidence"]] = verdict, evidence
+        claims.loc[own, "n"] = 36
+    write_study(tmp_path / "weights", tables | {"claims": claims, "correlations": rows})
+    lines = str(readme_claims.weights_block(tmp_path / "one")).splitlines()
+    assert lines[0] == ("|  | C1 | ρ, PGD | ρ, worst case Linf | ρ, worst case L2 | C4 | models | settings |")
+    assert lines[2] == (
+        "| mnist/lenet | inconclusive (n too small)<br>weak attacks not supported, worst case inconclusive | "
+        "−0.40 [−0.60, −0.20] | 0.50 | – | supported; ρ = 0.30 [0.10, 0.50] | 36 | 17 |"
+    )
+    assert len(lines) == 5 and lines[-1].endswith("(results/reference/weights/REPORT.md#correlations).")
 
 
 def test_a_study_of_ones_own_is_listed_alone_and_the_reference_whole(tmp_path: Path) -> None:
