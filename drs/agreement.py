@@ -16,11 +16,14 @@ same draws in both; HopSkipJump draws for itself, and its median norms are told 
 do no harm, and for strength as the suite runs it, with foolbox's that has none of them.
 """
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from drs.attack_config import SLACK, AttackConfig, CWConfig, FABConfig, ProjectedConfig
@@ -85,7 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {"square": {"n_queries": 500}, "hop_skip_ju
 """Settings of an attack that are not the suite's, because of what they cost; both implementations have them."""
 IMAGES = {"hop_skip_jump": 200}
 """The most images for an attack that makes thousands of queries for each."""
-SEEDS = {"square": 3, "hop_skip_jump": 6}
+SEEDS = {"square": 3, "hop_skip_jump": 18}
 """Over how many seeds a random search is averaged."""
 INSIDE = 0.01
 """By how much pixels are drawn inside (0,1) for torchattacks' CW, which cannot move those at the ends."""
@@ -126,6 +129,14 @@ class Agreement:
     def difference(self) -> float:
         """Return by how many points the library's attack is the weaker one, on average over the seeds."""
         return _mean(self.standing) - _mean(self.standing_second)
+
+    @property
+    def half_width(self) -> float:
+        """Return half of the 95 % interval of the difference over the seeds, by Student's t; NaN for one seed."""
+        apart = [one - other for one, other in zip(self.standing, self.standing_second, strict=True)]
+        if len(apart) == 1:
+            return math.nan
+        return float(stdtrit(len(apart) - 1, 0.975)) * statistics.stdev(apart) / math.sqrt(len(apart))
 
     @property
     def agrees(self) -> bool:
@@ -244,17 +255,25 @@ class _Standing:
 
 
 def agreement_table(rows: Iterable[Agreement]) -> str:
-    """Lay agreements out as a Markdown table; both columns of robust accuracy are in %, the difference in points."""
+    """Lay agreements out as a Markdown table.
+
+    Both columns of robust accuracy are in %; the difference is in points, with half of its 95 % interval over the seeds
+    where there are several.
+    """
     headers = ["model", "problem", "n", "attack", "beside", "for", "attack %", "beside %", "points", "agree",
                "over seeds", "median norms"]  # fmt: skip
     cells = (
         [escape(row.model), f"{row.norm} {row.epsilon}", str(row.n), escape(row.attack), escape(row.second),
          "agreement" if row.required else "strength", fixed(_mean(row.standing)), fixed(_mean(row.standing_second)),
-         fixed(row.difference, sign=True), "yes" if row.agrees else "no", _ranges(row),
+         fixed(row.difference, sign=True) + _margin(row), "yes" if row.agrees else "no", _ranges(row),
          " / ".join(fixed(norm, 4) for norm in row.medians) if row.medians else NONE]
         for row in rows
     )  # fmt: skip
     return table(headers, cells, align="llrlllrrrlll")
+
+
+def _margin(row: Agreement) -> str:
+    return "" if math.isnan(row.half_width) else f" ± {fixed(row.half_width)}"
 
 
 def _ranges(row: Agreement) -> str:

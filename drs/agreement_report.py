@@ -34,7 +34,8 @@ TITLE = (
     "Robust accuracy under an attack of a library, as the strong suite has it, and under one of this project or of "
     "another library on the same problem. Rows for agreement are held to one point: they tell whether the library's "
     "attack is run right. Rows for strength are not: they show what an attack misses of another kind of attack, or of "
-    "one without its defects."
+    "one without its defects. Where an attack is a random search, the difference stands with half of its 95 % interval "
+    "over the seeds."
 )
 _CW = (
     f"cw_torchattacks, sound: on images drawn to [{INSIDE:g}, {1 - INSIDE:g}], with logits raised by {SHIFT:g} and "
@@ -50,9 +51,9 @@ NOTES = {
         "are means over three seeds."
     ),
     "hop_skip_jump": (
-        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over six seeds. "
-        "Both get the same starts, 16 steps rather than the suite's 32, the same queries and the same threshold of the "
-        "binary search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, "
+        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over eighteen "
+        "seeds. Both get the same starts, 16 steps rather than the suite's 32, the same queries and the same threshold "
+        "of the binary search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, "
         "it solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² for d "
         "pixel values, it measures the radius of its noise off the boundary, and it ends there. As foolbox runs it, it "
         "does too: the more images in a batch, the shorter the noise on each."

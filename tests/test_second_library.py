@@ -134,6 +134,7 @@ def test_random_searches_are_averaged_over_seeds_and_a_costly_one_sees_some_imag
     monkeypatch.setitem(agreement.CHANGES, "square", {"n_queries": 30})
     monkeypatch.setitem(agreement.CHANGES, "hop_skip_jump", {})
     monkeypatch.setitem(agreement.IMAGES, "hop_skip_jump", 6)
+    monkeypatch.setitem(agreement.SEEDS, "hop_skip_jump", 6)
     attacks = {
         "square": SquareConfig("square", "linf", n_samples=5, n_queries=10**9),
         "hop_skip_jump": HopSkipJumpConfig("hop_skip_jump", "linf", steps=4, initial_gradient_eval_steps=20),
