@@ -53,10 +53,10 @@ NOTES = {
     "hop_skip_jump": (
         "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over eighteen "
         "seeds. Both get the same starts, 16 steps rather than the suite's 32, the same queries and the same threshold "
-        "of the binary search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART runs it, "
-        "it solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² for d "
-        "pixel values, it measures the radius of its noise off the boundary, and it ends there. As foolbox runs it, it "
-        "does too: the more images in a batch, the shorter the noise on each."
+        "of the binary search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART "
+        "runs it, it solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² "
+        "for d pixel values, it measures the radius of its noise off the boundary, and it ends there. As foolbox runs "
+        "it, it does too: the more images in a batch, the shorter the noise on each."
     ),
     "cw_torchattacks": _CW,
 }

@@ -34,6 +34,7 @@ from drs.suite_config import (
     UNBOUNDED,
     Epsilon,
     SuiteConfig,
+    check_enough_clean,
     decisive_epsilons,
     decisive_samples,
     suite_epsilons,
@@ -124,6 +125,7 @@ def plan_cells(run: RunFolder, suite: SuiteConfig, configs: Mapping[RunFolder, T
     """
     train = configs[run]
     data = train.data.name
+    check_enough_clean(suite, data)
     # A network is a function of its weights alone here, so the run's id stands for it.
     cells = [_cell(run, train, CLEAN, None, UNBOUNDED, suite.n_clean, LOGIT_BATCH)]
     for name, attack in suite.attacks.items():

@@ -67,9 +67,14 @@ def check_train(config: TrainConfig) -> None:
         math.isfinite(optim.learning_rate) and optim.learning_rate > 0,
         "optim.learning_rate",
         optim.learning_rate,
-        "above 0",
+        "a finite number above 0",
     )
-    require(optim.weight_decay >= 0, "optim.weight_decay", optim.weight_decay, "at least 0")
+    require(
+        math.isfinite(optim.weight_decay) and optim.weight_decay >= 0,
+        "optim.weight_decay",
+        optim.weight_decay,
+        "a finite number, at least 0",
+    )
     require(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "at least 0 and below 1")
     require(not optim.nesterov or optim.momentum > 0, "optim.nesterov", optim.nesterov, "false where momentum is 0")
     require(0 < optim.warmup < 1, "optim.warmup", optim.warmup, "between 0 and 1, exclusive")
@@ -103,7 +108,11 @@ def _check_procedure(procedure: Any) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    """Refuse a shape that contradicts the data set."""
+    """Refuse a shape that contradicts the data set, and pixels that could not be normalised."""
+    for number in data.mean:
+        require(math.isfinite(number), "data.mean", data.mean, "finite numbers")
+    for number in data.std:
+        require(math.isfinite(number) and number > 0, "data.std", data.std, "finite numbers above 0")
     known = DATASETS.get(data.name)
     if known is None:
         return

@@ -120,6 +120,12 @@ def dataset(name: str) -> DatasetSpec:
     return DATASETS[name]
 
 
+def check_test_images(key: str, count: int, name: str) -> None:
+    """Raise ``UserError``, naming the option ``key``, if a data set has fewer test images than it asks for."""
+    if count > dataset(name).n_test:
+        raise UserError(f"{key} {count}: {name} has {dataset(name).n_test} test images")
+
+
 def array_digest(array: np.ndarray) -> str:
     """Return the SHA-256 of an array's bytes in C order."""
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -28,6 +28,7 @@ def run_entrypoint(main: Callable[[], object]) -> None:
     a sweep failed; SIGINT in 130 and SIGTERM in 143, without a traceback. Anything else is a defect and keeps its own.
     """
     let_threads_doze()
+    forget_empty_folders()
     # With this set Hydra raises what went wrong, rather than printing it over several lines and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_plugins()
@@ -40,8 +41,16 @@ def run_script(main: Callable[[], int | None], *, interrupted: str = "interrupte
 
     It fails as ``run_entrypoint`` says; ``interrupted`` is what is printed where it is asked to end.
     """
+    forget_empty_folders()
     with _mistakes_as_lines(interrupted):
         sys.exit(main() or 0)
+
+
+def forget_empty_folders() -> None:
+    """Take a variable for a folder that is set to nothing for one that is not set; nothing is the project's folder."""
+    for name in ("DRS_RESULTS", "DRS_CACHE", "DRS_DATA"):
+        if os.environ.get(name) == "":
+            del os.environ[name]
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from drs.files import remove_leftovers
 from drs.filling import CLEAN, fill_cell
 from drs.integrity import CONFIG, METRICS, check_files
 from drs.interrupts import raise_unheard
+from drs.pooling import check_settings
 from drs.reduction import reduce_run
 from drs.run_failures import RunFailure, forget_failure, record_failure
 from drs.runs import RunFolder, finished_runs, iterate_runs, study_folder
@@ -72,12 +73,13 @@ def evaluate_study(config: EvaluateConfig) -> StudyEvaluation:
     the others go on; with ``fail_fast`` it ends the evaluation.
 
     Raises:
-        UserError: For a study without finished runs, files that cannot be written, and where no run can be evaluated
-            for one and the same reason. What was finished before it stays.
+        UserError: For a study without finished runs, or with some that ``check_settings`` refuses, files that cannot be
+            written, and where no run can be evaluated for one and the same reason. What was finished before it stays.
     """
     keep_freed_memory()
     study = study_folder(config.results_dir, config.study)
     known, failures = read_runs(study)
+    check_settings(known)
     device = choose_device(config.device)
     damaged = {failure.run for failure in failures}
     # A damaged run may still be the source of another's transfer attack: what is planned must not depend on damage.

@@ -36,7 +36,7 @@ def load_test(config: DataConfig, n: int | None, device: torch.device) -> tuple[
     if n is None:
         return data, indices
     if n > len(data):
-        raise UserError(f"suite.n_samples.{config.name}={n}: the test set has {len(data)} samples")
+        raise UserError(f"{n} test images of {config.name} are asked for, and there are {len(data)}")
     return data.first(n), indices[:n]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def check_targets(logits: Tensor, labels: Tensor) -> None:
-    """Raise ``ValueError`` unless ``logits`` is ``[B, K]`` with K >= 2 and ``labels`` is ``[B]`` within 0..K-1.
+    """Raise ``ValueError`` unless ``logits`` is ``[B, K]`` with K >= 2 and ``labels`` is int64 ``[B]`` in 0..K-1.
 
     On an accelerator the check of the values waits for the device.
     """
@@ -18,8 +18,8 @@ def check_targets(logits: Tensor, labels: Tensor) -> None:
         )
     if logits.shape[1] < 2:
         raise ValueError(f"a classifier needs at least 2 classes, but logits have {logits.shape[1]}")
-    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, but their type is {labels.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be integers of 64 bits, but their type is {labels.dtype}")
     if labels.numel():
         low, high = (int(value) for value in torch.aminmax(labels))
         if low < 0 or high >= logits.shape[1]:

@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,12 @@ def merge_results(archive: Path, results: Path) -> Merged:
     Raises:
         UserError: If the archive is damaged or holds what no archive of results holds. Nothing is changed then.
     """
-    with _opened(archive) as file:
+    with _opened(archive) as file, ExitStack() as stack:
         about = _head(file, archive)
         study = results / about["study"]
         study.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(study)
+        stack.callback(_remove_if_empty, study)
         prefix = f".merge-{socket.gethostname()}-{os.getpid()}-"
         with tempfile.TemporaryDirectory(dir=study, prefix=prefix, suffix=".tmp") as folder:
             stage = Path(folder)
@@ -210,6 +211,11 @@ def _add_cells(theirs: RunFolder, ours: RunFolder, merged: Merged) -> None:
         (ours.path / "eval").mkdir(exist_ok=True)
         path.rename(ours.path / "eval" / path.name)
         merged.cells += 1
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _remove_leftovers(study: Path) -> None:

@@ -3,11 +3,17 @@
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from drs.attack_config import NORMS, check_attack
 from drs.data_cache import DATASETS
 from drs.errors import UserError
+
+RESERVED_ATTACKS = (
+    "clean", "sanity", "convergence", *(f"{kind}_{norm}" for kind in ("worst", "smallest") for norm in NORMS),
+)  # fmt: skip
+"""What tables and files name otherwise: no attack can be called so."""
 
 
 @dataclass
@@ -111,7 +117,11 @@ def _listed_epsilons(table: dict[str, Any], suite: SuiteConfig, data: str, norm:
         raise UserError(f"{key}={listed}: must be a list of epsilons; write [{listed}]")
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{key} is missing; list the epsilons that the {suite.name} suite uses on {data}")
-    return sorted((parse_epsilon(item, norm, key, data) for item in listed), key=lambda epsilon: epsilon.value)
+    found = sorted((parse_epsilon(item, norm, key, data) for item in listed), key=lambda epsilon: epsilon.value)
+    for one, other in pairwise(found):
+        if one == other:
+            raise UserError(f"{key}: {one.label} and {other.label} are the same; list each epsilon once")
+    return found
 
 
 def suite_samples(suite: SuiteConfig, data: str) -> int:
@@ -122,6 +132,15 @@ def suite_samples(suite: SuiteConfig, data: str) -> int:
 def decisive_samples(suite: SuiteConfig, data: str) -> int:
     """Return how many test samples of a data set the attacks at the decisive epsilons use."""
     return min(suite.n_decisive.get(data, suite_samples(suite, data)), suite_samples(suite, data))
+
+
+def check_enough_clean(suite: SuiteConfig, data: str) -> None:
+    """Raise ``UserError`` if the suite attacks images of a data set of which it does not take the clean accuracy."""
+    if suite.n_clean is not None and suite.n_clean < suite_samples(suite, data):
+        raise UserError(
+            f"suite.n_clean={suite.n_clean}: must be null or at least the {suite_samples(suite, data)} images of "
+            f"{data} that are attacked (suite.n_samples)"
+        )
 
 
 def check_suite(suite: SuiteConfig) -> None:
@@ -160,6 +179,8 @@ def check_suite(suite: SuiteConfig) -> None:
                         f"{norm}, {', '.join(item.label for item in known)}"
                     )
     for name, attack in suite.attacks.items():
+        if name in RESERVED_ATTACKS:
+            raise UserError(f"suite.attacks.{name}: tables show something else under that name; choose another")
         check_attack(f"suite.attacks.{name}", attack)
     if suite.sanity is not None:
         for name, value in vars(suite.sanity).items():

@@ -41,6 +41,7 @@ from drs.agreement_report import (
     write_page,
 )
 from drs.config import PROJECT_ROOT, SuiteConfig, evaluate_config, project_path
+from drs.data_cache import check_test_images
 from drs.entrypoint import run_script
 from drs.errors import UserError
 from drs.files import atomic_write
@@ -50,6 +51,7 @@ from drs.sweeper import register_plugins
 
 REFERENCE = PROJECT_ROOT / "results" / "reference"
 STUDY = REFERENCE / "laptop"
+IMAGES = 300
 DEFAULT_DATA = "mnist"
 """Of the published models those of this data set are compared where none is named; colour images take much longer."""
 
@@ -57,22 +59,25 @@ DEFAULT_DATA = "mnist"
 def main() -> int:
     """Compare the attacks on the models that the command line names, print the table, and write it where it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=STUDY, metavar="FOLDER")
+    parser.add_argument("--study", type=Path, metavar="FOLDER")
     parser.add_argument("--runs", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--images", type=int, default=300, metavar="N", help="test images (default: 300)")
-    parser.add_argument("--attacks", nargs="+", default=list(PAIRS), metavar="NAME", help=f"of {', '.join(PAIRS)}")
+    parser.add_argument("--images", type=int, metavar="N", help=f"test images (default: {IMAGES})")
+    parser.add_argument("--attacks", nargs="+", metavar="NAME", help=f"of {', '.join(PAIRS)}")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a Markdown file for the table")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--published", action="store_true", help="make the published comparisons anew")
     only.add_argument("--lay-out", action="store_true", help="write the published page anew from its table")
     arguments = parser.parse_args()
-    if arguments.images < 1:
-        raise UserError(f"--images {arguments.images}: must be at least 1")
+    refuse_unread(arguments)
+    images = IMAGES if arguments.images is None else arguments.images
+    if images < 1:
+        raise UserError(f"--images {images}: must be at least 1")
     if arguments.lay_out:
         print(f"the page is {write_page(REFERENCE)}")
         return 0
-    check_known(arguments.attacks)
-    attacks, left_out = without_missing(arguments.attacks)
+    wanted = arguments.attacks or list(PAIRS)
+    check_known(wanted)
+    attacks, left_out = without_missing(wanted)
     if left_out:
         print(left_out, file=sys.stderr, flush=True)
     if not attacks:
@@ -80,16 +85,27 @@ def main() -> int:
     if arguments.published:
         rows = publish(attacks)
     else:
-        runs = find_runs(project_path(str(arguments.study)), arguments.runs)
+        runs = find_runs(project_path(str(arguments.study or STUDY)), arguments.runs)
+        for run in runs:
+            check_test_images("--images", images, run.config().data.name)
         suite = strong_suite()
-        rows = [row for run in runs for row in agreements(run, suite, arguments.images, attacks)]
+        rows = [row for run in runs for row in agreements(run, suite, images, attacks)]
         told = [*keys(runs), *notes(attacks), *([f"{left_out}."] if left_out else [])]
         text = "\n\n".join([agreement_table(rows), *told])
         print(text)
         if arguments.out:
-            with atomic_write(arguments.out) as temporary:
-                temporary.write_text(f"{TITLE}\n\n{heading(arguments.images)}\n\n{text}\n", encoding="utf-8")
+            with atomic_write(arguments.out, "--out FILE chooses another place") as temporary:
+                temporary.write_text(f"{TITLE}\n\n{heading(images)}\n\n{text}\n", encoding="utf-8")
     return 0 if all(row.agrees for row in rows if row.required) else 1
+
+
+def refuse_unread(arguments: argparse.Namespace) -> None:
+    """Raise ``UserError`` for an option that --published or --lay-out would not read."""
+    mode = "--published" if arguments.published else "--lay-out" if arguments.lay_out else ""
+    unread = ["study", "runs", "images", "out", *(["attacks"] if arguments.lay_out else [])] if mode else []
+    for name in unread:
+        if getattr(arguments, name):
+            raise UserError(f"--{name} says nothing to {mode}, whose comparisons are fixed (drs/agreement_report.py)")
 
 
 def heading(images: int) -> str:

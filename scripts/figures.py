@@ -55,12 +55,14 @@ def find_studies(name: str | None, results: Path, reference: Path) -> list[Path]
 def execute(notebook: Path, study_dir: Path) -> None:
     """Run a notebook from top to bottom on a study; what it prints and shows is not kept."""
     content = nbformat.read(notebook, as_version=4)
-    # Sockets in the file system keep other users of the machine from reading along; Windows has none.
-    config = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
     resources = {"metadata": {"path": str(ROOT)}}
-    client = NotebookClient(content, timeout=600, kernel_name="python3", resources=resources, config=config)
     # When it is shut down a kernel may complain of its own unfinished tasks: what it says counts where a cell fails.
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as said:
+        # Sockets in the file system keep other users of the machine from reading along; Windows has none. Their place
+        # is told in full, as the notebook does not run where this script was called.
+        sockets = {"transport": "ipc", "ip": str(Path(folder, "kernel"))} if os.name == "posix" else {}
+        config = Config({"KernelManager": sockets})
+        client = NotebookClient(content, timeout=600, kernel_name="python3", resources=resources, config=config)
         try:
             client.execute(env={**os.environ, "DRS_STUDY_DIR": str(study_dir)}, stderr=said)
         except Exception:

@@ -20,8 +20,10 @@ from hydra import compose, initialize_config_dir
 
 from drs.attacks.probes import run_probes
 from drs.config import PROJECT_ROOT, EvaluateConfig, evaluate_config
+from drs.data_cache import check_test_images
 from drs.entrypoint import run_script
 from drs.errors import UserError
+from drs.files import atomic_write
 from drs.filling import load_test
 from drs.runs import RunFolder
 from drs.sanity import probe_figures
@@ -45,6 +47,8 @@ def main() -> int:
     for path in arguments.runs:
         if not (path / "config.yaml").exists():
             raise UserError(f"{path}: no run is here; a run's folder holds config.yaml and checkpoint.safetensors")
+        check_test_images("--images", max(images), RunFolder(path).config().data.name)
+    for path in arguments.runs:
         for n in images:
             for number in steps:
                 rows.append(probed(path, suite, n, number))
@@ -52,7 +56,8 @@ def main() -> int:
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format="{:.3f}".format))
     if arguments.output:
-        table.to_csv(arguments.output, index=False)
+        with atomic_write(arguments.output, "--output FILE chooses another place") as temporary:
+            table.to_csv(temporary, index=False)
     return 0
 
 

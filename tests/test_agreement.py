@@ -156,6 +156,8 @@ def test_models_are_found_by_name_among_the_published_and_the_trained(tmp_path: 
 
 
 def test_a_mistake_is_told_in_one_line() -> None:
+    finished = _run("--runs", "mnist-lenet-ce", "--images", "10001")
+    assert (finished.returncode, finished.stderr) == (2, "error: --images 10001: mnist has 10000 test images\n")
     finished = _run("--images", "0")
     assert finished.returncode == 2 and not finished.stdout
     assert finished.stderr == "error: --images 0: must be at least 1\n"
@@ -319,6 +321,10 @@ def test_published_comparisons_are_made_of_the_named_attacks_and_kept_one_by_one
     monkeypatch.setattr(sys, "argv", ["agreement.py", "--lay-out"])
     (reference / PAGE).unlink()
     assert SCRIPT.main() == 0 and (reference / PAGE).is_file()
+    for ignored in (["--published", "--images", "3"], ["--lay-out", "--attacks", "cw"]):
+        monkeypatch.setattr(sys, "argv", ["agreement.py", *ignored])
+        with pytest.raises(UserError, match=f"{ignored[1]} says nothing to {ignored[0]}"):
+            SCRIPT.main()
     monkeypatch.setattr(sys, "argv", ["agreement.py", "--published", "--attacks", "fab"])
     with pytest.raises(UserError, match="fab: has no second implementation here"):
         SCRIPT.main()

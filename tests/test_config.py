@@ -85,6 +85,10 @@ def test_every_data_set_and_loss_composes(data: str, loss: str) -> None:
         ("loss.space=probs", "loss.space=probs: must be one of"),
         ("data.augment=mixup", "data.augment=mixup: must be one of"),
         ("optim.warmup=0", "optim.warmup=0"),
+        ("optim.learning_rate=inf", r"optim\.learning_rate=inf: must be a finite number above 0"),
+        ("optim.weight_decay=inf", r"optim\.weight_decay=inf: must be a finite number, at least 0"),
+        ("data.mean=[1e999]", r"data\.mean=\[inf\]: must be finite numbers"),
+        ("data.std=[0]", r"data\.std=\[0\.0\]: must be finite numbers above 0"),
     ],
 )
 def test_value_out_of_range_is_named(override: str, message: str) -> None:
@@ -132,6 +136,10 @@ def test_bad_epsilon_is_refused(text: object, norm: str, message: str) -> None:
         ("suite.epsilons.digits.linf=8/255", r"suite\.epsilons\.digits\.linf=8/255: .* write \[8/255\]"),
         ("suite.decisive_epsilons.digits.l2=0.5", r"suite\.decisive_epsilons\.digits\.l2=0\.5: .* write \[0\.5\]"),
         ("suite.epsilons.digits.linf=[]", r"suite\.epsilons\.digits\.linf is missing"),
+        (
+            "suite.epsilons.digits.linf=[0.1,0.2,1/10]",
+            r"digits\.linf: 0\.1 and 1/10 are the same; list each epsilon once",
+        ),
         ("suite.epsilons.digits=8/255", r"suite\.epsilons\.digits=8/255: must name norms"),
     ],
 )
@@ -253,6 +261,16 @@ def test_help_begins_with_examples_that_compose(tmp_path: Path, script: str) -> 
         ("evaluate.py", ["suite=strongest"], ["suite/strongest", "paper"]),
         ("evaluate.py", ["suite.epsilons.mnist.linf=[0]"], ["suite.epsilons.mnist.linf=0", "above 0"]),
         ("evaluate.py", ["suite.epsilons.mnist.linf=[8]"], ["suite.epsilons.mnist.linf=8", "8/255"]),
+        (
+            "evaluate.py",
+            ["+suite.attacks.worst_linf.kind=fgsm", "+suite.attacks.worst_linf.norm=linf"],
+            ["worst_linf: tables"],
+        ),
+        (
+            "train.py",
+            ["-m", "data=digits", "model=mlp", "study=a,b"],
+            ["study=a and study=b in one sweep", "by itself"],
+        ),
         ("evaluate.py", ["suite.attacks.pgd.kind=pdg"], ["suite.attacks.pgd.kind=pdg", "pgd"]),
     ],
 )

@@ -40,13 +40,14 @@ def _named(cells: list[nbformat.NotebookNode], call: str) -> list[str]:
     return [cell.source.split('"')[1] for cell in cells if cell.source.startswith(call)]
 
 
-def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _script(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "figures.py"), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=300,
+        cwd=cwd,
     )
 
 
@@ -57,8 +58,9 @@ def test_script_redraws_the_reference_as_it_is_committed(tmp_path: Path) -> None
     stale = study / "figures" / "epsilon_curves-mnist-resnet18.png"
     stale.parent.mkdir()
     stale.touch()
-    result = _script(str(study))
+    result = _script(str(study), cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"], "no sockets are left where it was called"
     assert str(study / "figures" / "correlation_heatmap.png") in result.stdout
     names = [sorted(path.name for path in (folder / "figures").iterdir()) for folder in (study, REFERENCE)]
     assert names[0] == names[1], "make figures has not been run since the figures changed"

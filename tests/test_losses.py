@@ -196,6 +196,7 @@ def test_label_out_of_range_is_named(name: str, label: int) -> None:
         (torch.zeros(2, 4), torch.zeros(3, dtype=torch.long), "labels"),
         (torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), "at least 2 classes"),
         (torch.zeros(2, 4), torch.zeros(2), "integers"),
+        (torch.zeros(2, 4), torch.zeros(2, dtype=torch.int32), "integers of 64 bits, but their type is torch.int32"),
     ],
 )
 def test_bad_shapes_and_types(logits: torch.Tensor, labels: torch.Tensor, message: str) -> None:

@@ -8,6 +8,7 @@ from omegaconf import ListConfig, OmegaConf
 
 from drs.composition import Composer
 from drs.config import run_id
+from drs.errors import UserError
 from drs.sweep_outcome import Job, run_sweep
 from drs.sweeper import expand_grid, launch_in_turn
 
@@ -28,7 +29,13 @@ class GridSweeper(BasicSweeper):
         jobs: dict[str, Job] = {}
         for overrides in expand_grid(grid, arguments):
             config = composer.train_config(overrides)
-            jobs.setdefault(run_id(config), Job(overrides, config))
+            same = jobs.setdefault(run_id(config), Job(overrides, config)).config
+            for key in ("study", "results_dir"):
+                if getattr(same, key) != getattr(config, key):
+                    raise UserError(
+                        f"{key}={getattr(same, key)} and {key}={getattr(config, key)} in one sweep ask for the same "
+                        f"training, run {run_id(config)}, twice; sweep each by itself"
+                    )
         fail_fast = any(job.config.fail_fast for job in jobs.values())
         return run_sweep(jobs, lambda overrides: self._launch(overrides, fail_fast), fail_fast=fail_fast)
 
