@@ -133,8 +133,8 @@ def masking_gap(comparators: pd.DataFrame) -> Figure:
         axis.set_title(f"{data}, {model}\n{span(group['n_images'].astype(int))} images", linespacing=1.35)
     figure.suptitle(
         "Gain at the same seed and decisive ε: mean over n pairs of seeds, 95 % interval over "
-        f"{'seeds and images' if counts_images(rows) else 'seeds'}\n"
-        "intervals of two pairs are cut at the edges"
+        f"{'seeds and images' if counts_images(rows) else 'seeds'}"
+        + ("\nintervals of two pairs are cut at the edges" if (rows["n_pairs"] == 2).any() else "")
     )
     handles = [
         Line2D([], [], color="0.3", marker="s", linestyle="none", label="PGD", alpha=0.45),
