@@ -277,7 +277,8 @@ def _margin(row: Agreement) -> str:
 
 
 def _ranges(row: Agreement) -> str:
-    """Return the smallest and the largest share over the seeds, of the attack and of the second; a dash for one."""
+    """Return how many seeds, and the smallest and largest share of the attack and of the second; a dash for one."""
     if len(row.standing) == 1:
         return NONE
-    return " / ".join(f"{fixed(min(shares))} to {fixed(max(shares))}" for shares in (row.standing, row.standing_second))
+    ranges = (f"{fixed(min(shares))} to {fixed(max(shares))}" for shares in (row.standing, row.standing_second))
+    return f"{len(row.standing)}: {' / '.join(ranges)}"

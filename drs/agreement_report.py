@@ -48,10 +48,10 @@ NOTES = {
     "square": (
         "square: both make 500 queries rather than the suite's 5000, and the same draws, as all images of a batch get "
         "the same squares in either library and the share that stands depends on them by several points; the shares "
-        "are means over three seeds."
+        "are means over the seeds."
     ),
     "hop_skip_jump": (
-        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over eighteen "
+        "hop_skip_jump: each library makes its own draws, so that shares and median norms are means over the "
         "seeds. Both get the same starts, 16 steps rather than the suite's 32, the same queries and the same threshold "
         "of the binary search, and ART's last step is followed by a search for the boundary, as foolbox's is. As ART "
         "runs it, it solves another problem: its starts are of noise alone, its threshold is 0.01/d rather than 1/d² "

@@ -92,7 +92,7 @@ def test_a_point_is_still_within_one_and_more_is_not_in_either_direction() -> No
     )
     assert lines[2].endswith("| +1.00 | yes | – | – |")
     assert lines[5].endswith("| 38.66 | 40.00 | −1.34 | no | – | – |")
-    assert lines[6].endswith("| 40.83 | 40.00 | +0.83 ± 5.02 | yes | 38.50 to 42.00 / 40.00 to 40.00 | – |")
+    assert lines[6].endswith("| 40.83 | 40.00 | +0.83 ± 5.02 | yes | 3: 38.50 to 42.00 / 40.00 to 40.00 | – |")
 
 
 def test_attacks_on_cross_entropy_and_on_the_margin_are_not_mixed() -> None:
@@ -253,7 +253,7 @@ def test_published_comparisons_are_kept_in_a_table_and_laid_out_with_the_marks_o
     assert (
         "| mnist-lenet-ce | linf 0.2 | 200 | hop_skip_jump | HopSkipJump of ART | agreement | 71.00 | 71.50 |" in text
     )
-    assert "| 0.1782 / 0.1790 |" in text and "| 80.00 to 81.50 / 80.50 to 81.00 | – |" in text
+    assert "| 0.1782 / 0.1790 |" in text and "| 2: 80.00 to 81.50 / 80.50 to 81.00 | – |" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## Models of the laptop study", "## Models of the desktop study", "## How they were compared",
     ]  # fmt: skip
