@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 from conftest import compose_train
 
-from drs.config import run_id
+from drs.config import PROJECT_ROOT, run_id
 from drs.errors import UserError
 from drs.pooling import check_settings
 from drs.runs import RunFolder
+from drs.sweeper import grid_jobs
 
+EXPERIMENTS = sorted(path.stem for path in (PROJECT_ROOT / "configs" / "experiment").glob("*.yaml"))
 DR = ("data=digits", "model=mlp", "loss=dr_softmax")
 
 
@@ -46,3 +48,10 @@ def test_attacks_of_a_procedure_belong_to_it() -> None:
     base = ("data=digits", "model=mlp", "loss=ce", "procedure=adversarial")
     with pytest.raises(UserError, match="digits mlp adversarial, but differ in procedure.epsilon=0.05 and 0.4"):
         check((*base, "procedure.epsilon=0.05"), (*base, "procedure.epsilon=0.4", "seed=1"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_study_here_can_be_evaluated(experiment: str) -> None:
+    configs = [config for _, config in grid_jobs(experiment)]
+    assert configs
+    check_settings({RunFolder(Path("results/s/runs") / run_id(config)): config for config in configs})
