@@ -1,7 +1,9 @@
 """The tables of claims in README.md: what each claim comes to, over all groups and in every one."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -69,11 +71,10 @@ def pairs_block(study_dir: Path) -> str | None:
         study_dir: A study beside it.
     """
     folder = study_dir.parent / PAIRS_STUDY
-    if not (folder / "tables" / "claims.csv").is_file():
+    if not _is_decided(folder):
         return None
-    claims = read_tables(folder)["claims"]
     rows = []
-    for (data, model), group in claims[claims["data"] != OVERALL].groupby(["data", "model"], sort=False):
+    for (data, model), group in _by_group(read_tables(folder)["claims"]):
         both = [group[group["claim"] == name].iloc[0] for name in ("C2", "C5")]
         cells = ["<br>".join(filter(None, [f"{row['verdict']}; {effect_text(row)}", why_open(row)])) for row in both]
         rows.append([group_name(str(data), str(model)), *cells, whole(both[0]["n"]), whole(both[0]["n_images"])])
@@ -89,13 +90,11 @@ def weights_block(study_dir: Path) -> str | None:
         study_dir: A study beside it.
     """
     folder = study_dir.parent / WEIGHTS_STUDY
-    if not (folder / "tables" / "claims.csv").is_file():
+    if not _is_decided(folder):
         return None
     tables = read_tables(folder)
     rows = []
-    for (data, model), group in tables["claims"].groupby(["data", "model"], sort=False):
-        if data == OVERALL:
-            continue
+    for (data, model), group in _by_group(tables["claims"]):
         first, fourth = (group[group["claim"] == name].iloc[0] for name in ("C1", "C4"))
         own = select(tables["correlations"], data=data, model=model)
         read = {attack: spearman(own, attack) for attack in (DECISIVE_WEAK, *WORST_CASES, "clean")}
@@ -108,6 +107,15 @@ def weights_block(study_dir: Path) -> str | None:
     headers = ["", "C1", *names, "C4", "models", "settings"]
     links = section_link(folder, EVIDENCE["C4"][0])
     return f"{table(headers, rows, align='llllllrr')}\n\nEvidence: {links}."
+
+
+def _is_decided(study_dir: Path) -> bool:
+    return (study_dir / "tables" / "claims.csv").is_file()
+
+
+def _by_group(claims: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
+    """Return the claims of each dataset and architecture, without those over all of them."""
+    return claims[claims["data"] != OVERALL].groupby(["data", "model"], sort=False)
 
 
 def _coefficient(row: pd.Series) -> str:
