@@ -156,7 +156,7 @@ def test_models_are_found_by_name_among_the_published_and_the_trained(tmp_path: 
 
 
 def test_a_mistake_is_told_in_one_line() -> None:
-    finished = _run("--runs", "mnist-lenet-ce", "--images", "10001")
+    finished = _run("--runs", "mnist-lenet-ce", "--images", "10001", "--attacks", "cw")
     assert (finished.returncode, finished.stderr) == (2, "error: --images 10001: mnist has 10000 test images\n")
     finished = _run("--images", "0")
     assert finished.returncode == 2 and not finished.stdout
