@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def check_targets(logits: Tensor, labels: Tensor) -> None:
-    """Raise ``ValueError`` unless ``logits`` is ``[B, K]`` with K >= 2 and ``labels`` is int64 ``[B]`` in 0..K-1.
+    """Raise ``ValueError`` unless ``logits`` is ``[B, K]`` with K >= 2 and ``labels`` is ``[B]`` within 0..K-1.
 
     On an accelerator the check of the values waits for the device.
     """
@@ -18,8 +18,8 @@ def check_targets(logits: Tensor, labels: Tensor) -> None:
         )
     if logits.shape[1] < 2:
         raise ValueError(f"a classifier needs at least 2 classes, but logits have {logits.shape[1]}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be integers of 64 bits, but their type is {labels.dtype}")
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, but their type is {labels.dtype}")
     if labels.numel():
         low, high = (int(value) for value in torch.aminmax(labels))
         if low < 0 or high >= logits.shape[1]:
@@ -73,7 +73,7 @@ class ClassificationLoss(nn.Module):
         """Return the scalar loss of logits ``[B, K]`` and labels ``[B]``; ``ValueError`` on bad shapes or labels."""
         if self.validate:
             check_targets(logits, labels)
-        logits = full_precision(logits)
+        logits, labels = full_precision(logits), labels.long()
         if not torch.is_autocast_enabled(logits.device.type):  # entering the context takes as long as a small loss
             return self.compute(logits, labels, phase)
         with torch.autocast(logits.device.type, enabled=False):

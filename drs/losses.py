@@ -73,6 +73,7 @@ def distribution_penalty(
     check_switch("space", space, ("log_softmax", "softmax", "logits"))
     check_switch("center", center, ("non_label", "all_classes"))
     check_targets(logits, labels)
+    labels = labels.long()
     with torch.autocast(logits.device.type, enabled=False):
         logits = full_precision(logits)
         return _penalty(logits, F.log_softmax(logits, dim=1), labels, space, center)
@@ -141,6 +142,7 @@ class DRSoftmaxLoss(ClassificationLoss):
         if self._is_fused and may_derive and not torch.is_autocast_enabled(logits.device.type):
             if self.validate:
                 check_targets(logits, labels)
+            labels = labels.long()
             weight = self._weight_of_sum(labels)
             value = fused_backward(full_precision(logits), labels, ce_weight=self.ce_weight, weight=weight)
             if value is not None:
