@@ -113,6 +113,12 @@ def test_same_mistake_in_every_run_is_one_error(results: Path) -> None:
         evaluate_study(configuration(results, "suite.n_samples.digits=5000", "suite.n_clean=5000"))
 
 
+def test_images_that_are_attacked_are_among_those_of_the_clean_accuracy(results: Path) -> None:
+    message = r"suite\.n_clean=19: must be null or at least the 20 images of digits that are attacked"
+    with pytest.raises(UserError, match=message):
+        evaluate_study(configuration(results, "suite.n_samples.digits=20", "suite.n_clean=19"))
+
+
 def test_defect_leaves_its_traceback_and_is_tried_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = runs_of(results)[1]
 

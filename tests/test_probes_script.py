@@ -55,6 +55,7 @@ def test_figures_are_shown_and_written_for_each_number_of_images_and_steps(run: 
         (["nowhere"], "error: nowhere: no run is here; a run's folder holds config.yaml and checkpoint.safetensors"),
         (["RUN", "--steps", "3,x"], "error: --steps 3,x: must be whole numbers above 0, with commas between"),
         (["RUN", "--images", "0"], "error: --images 0: must be whole numbers above 0, with commas between"),
+        (["RUN", "--images", "9", "--steps", "2", "--output", "/proc/x.csv"], "--output FILE chooses another place"),
         (["RUN", "--images", "501"], "error: --images 501: digits has 500 test images"),
     ],
 )
