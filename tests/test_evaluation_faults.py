@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_images_that_are_attacked_are_among_those_of_the_clean_accuracy(results:
     message = r"suite\.n_clean=19: must be null or at least the 20 images of digits that are attacked"
     with pytest.raises(UserError, match=message):
         evaluate_study(configuration(results, "suite.n_samples.digits=20", "suite.n_clean=19"))
+
+
+def test_runs_that_are_no_seeds_of_one_setting_are_refused(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs, failures = evaluation_module.read_runs(results / "s")
+    first, other, *_ = configs
+    mixed = {**configs, other: replace(configs[first], epochs=77, seed=9)}
+    monkeypatch.setattr(evaluation_module, "read_runs", lambda _: (mixed, failures))
+    with pytest.raises(
+        UserError, match=f"{first.run_id} and {other.run_id} would count as seeds .* epochs=[0-9]* and 77"
+    ):
+        evaluate_study(configuration(results))
 
 
 def test_defect_leaves_its_traceback_and_is_tried_again(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
