@@ -39,7 +39,7 @@ readme: setup  ## write the tables of the reference study into README.md
 bench: setup  ## measure speed and memory beside other libraries; results/bench (ONLY=loss makes one section)
 	@$(PY) scripts/bench.py $(if $(ONLY),--only "$(ONLY)")
 
-agreement: setup  ## compare library attacks with second implementations (results/reference/agreement.md; about an hour)
+agreement: setup  ## compare library attacks with second implementations (results/reference/agreement.md; over an hour)
 	@$(PY) scripts/agreement.py --published
 
 bundle:  ## pack all that a node without a network needs into dist/ (PYTHON=3.12 PLATFORM= DATA= EXCLUDE=)
