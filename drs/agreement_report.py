@@ -19,7 +19,7 @@ from drs.config import run_id
 from drs.errors import UserError
 from drs.files import atomic_write
 from drs.markdown import escape
-from drs.marks import COLUMN, MARK
+from drs.marks import MARK, failed_checks_of
 from drs.provenance import describe_machine, package_version
 from drs.runs import RunFolder
 
@@ -37,13 +37,6 @@ TITLE = (
     "one without its defects. Where an attack is a random search, the difference stands with half of its 95 % interval "
     "over the seeds."
 )
-_CW = (
-    f"cw_torchattacks, sound: on images drawn to [{INSIDE:g}, {1 - INSIDE:g}], with logits raised by {SHIFT:g} and "
-    "without the early stop, so that neither the pixels at 0 and 1, nor the label's mask, nor the total over the "
-    "batch does harm. There foolbox's attack has the same objective and the same steps. The rows for strength are "
-    "the attack as the suite runs it, beside foolbox's with the same constant, steps and step size, in the wider "
-    "pixel range in which the suite's own CW runs it, so that it moves pixels at 0 and 1."
-)
 NOTES = {
     "square": (
         "square: both make 500 queries rather than the suite's 5000, and the same draws, as all images of a batch get "
@@ -58,7 +51,13 @@ NOTES = {
         "for d pixel values, it measures the radius of its noise off the boundary, and it ends there. As foolbox runs "
         "it, it does too: the more images in a batch, the shorter the noise on each."
     ),
-    "cw_torchattacks": _CW,
+    "cw_torchattacks": (
+        f"cw_torchattacks, sound: on images drawn to [{INSIDE:g}, {1 - INSIDE:g}], with logits raised by {SHIFT:g} and "
+        "without the early stop, so that neither the pixels at 0 and 1, nor the label's mask, nor the total over the "
+        "batch does harm. There foolbox's attack has the same objective and the same steps. The rows for strength are "
+        "the attack as the suite runs it, beside foolbox's with the same constant, steps and step size, in the wider "
+        "pixel range in which the suite's own CW runs it, so that it moves pixels at 0 and 1."
+    ),
 }
 """What is to be known of how some of the attacks were compared."""
 
@@ -110,11 +109,7 @@ def failed_checks(run: RunFolder) -> list[str] | None:
     path = run.path.parent.parent / "tables" / "models.csv"
     if not path.is_file():
         return None
-    models = pd.read_csv(path, dtype={"run_id": str})
-    own = models[models["run_id"] == run_id(run.config())]
-    if own.empty or COLUMN not in own:
-        return None
-    return [name for name in own[COLUMN].fillna("").astype(str).iloc[0].split(";") if name]
+    return failed_checks_of(pd.read_csv(path, dtype={"run_id": str}), run_id(run.config()))
 
 
 def keys(runs: Iterable[RunFolder]) -> list[str]:

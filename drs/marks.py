@@ -23,6 +23,14 @@ def has_failed(rows: pd.DataFrame) -> "pd.Series[bool]":
     return names.notna() & (names.astype(str).str.strip() != "")
 
 
+def failed_checks_of(models: pd.DataFrame, run_id: str) -> list[str] | None:
+    """Return the sanity checks that a model of models.csv fails, or None where the table says nothing of it."""
+    own = models[models["run_id"] == run_id]
+    if own.empty or COLUMN not in own:
+        return None
+    return [name for name in own[COLUMN].fillna("").astype(str).iloc[0].split(";") if name]
+
+
 def correlated_note(models: pd.DataFrame) -> str:
     """Say how many of the models that are correlated fail a sanity check, group by group; nothing where none does.
 

@@ -24,6 +24,7 @@ from drs.figure_samples import draw_samples
 from drs.figure_style import setting_label
 from drs.files import atomic_write, sha256_of
 from drs.integrity import CHECKPOINT, CONFIG, METRICS, check_files
+from drs.marks import failed_checks_of
 from drs.paired import BASELINE
 from drs.report import read_provenance, read_tables, save_figure
 from drs.runs import RunFolder
@@ -143,7 +144,8 @@ def _pairs(reference: Path) -> list[tuple[str, str]]:
 
 def _draw_pair(reference: Path, data: str, model: str) -> None:
     """Draw some of the published images under PGD, on either model of a pair, at the first decisive epsilon."""
-    worst = read_tables(reference)["worst_case"]
+    tables = read_tables(reference)
+    worst = tables["worst_case"]
     bounds = worst.loc[(worst["data"] == data) & (worst["norm"] == "linf"), "epsilon"]
     epsilon = float(bounds.min())
     images = published_images(reference, data)
@@ -156,18 +158,9 @@ def _draw_pair(reference: Path, data: str, model: str) -> None:
         network = run.load_model(torch.device("cpu"))
         name = setting_label(loss, weight)
         samples[name] = attack_samples(network, few, attack, epsilon)
-        failed[name] = _failed_checks(reference, run)
+        failed[name] = failed_checks_of(tables["models"], run_id(run.config())) or []
     figure = draw_samples(samples, epsilon=epsilon, failed_checks=failed)
     save_figure(figure, reference / MODELS, f"{data}-{model}-samples")
-
-
-def _failed_checks(reference: Path, run: RunFolder) -> list[str]:
-    """Return the sanity checks that a published model fails, as the study's table of models has them."""
-    models = read_tables(reference)["models"]
-    if "failed_checks" not in models:
-        return []
-    of_run = models.loc[models["run_id"] == run_id(run.config()), "failed_checks"]
-    return [name for names in of_run for name in str(names).split(";") if name]
 
 
 def _seal(models: Path) -> None:
